@@ -1,0 +1,28 @@
+"""Exact, near-linear-time generation from long convolution sequence models."""
+
+from __future__ import annotations
+
+from flash_inference.engine.generate import Generation, generate, stream
+from flash_inference.engine.score import score
+from flash_inference.filters import ExplicitFilter, ImplicitFilter
+from flash_inference.mixers import LongConv, OnlineConvolution
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.weights import load, save
+
+__version__ = "0.1.0"
+__all__ = [
+    "ExplicitFilter",
+    "FilterConfig",
+    "Generation",
+    "HyenaConfig",
+    "ImplicitFilter",
+    "LanguageModel",
+    "LongConv",
+    "OnlineConvolution",
+    "generate",
+    "load",
+    "save",
+    "score",
+    "stream",
+]

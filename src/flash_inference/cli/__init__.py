@@ -1,0 +1,1 @@
+"""The command line: `flash-inference generate | score | verify | plan | tune | draw | bench | demo | doctor`."""

@@ -1,0 +1,1 @@
+"""The loop: sample, pay, extend. Generation, scoring, verification and plans stand on it."""

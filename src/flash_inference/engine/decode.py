@@ -1,0 +1,75 @@
+"""The loop of generation: choose a token, pay what is due, extend by the token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from flash_inference.engine.payer import Payer
+from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.tiling import Blocked, Prompted, Separated, Spread, Tiling
+
+LONG_RUN = 1024
+NEAR, BLOCK, EVERY = 64, 32, 64
+PREFILL_CHUNK = 16_384
+
+Choose = Callable[[Tensor], Tensor]
+
+
+def default_tiling(positions: int, prompt: int = 0) -> Tiling:
+    """The tiling for `positions` new positions after a prompt: Blocked for short runs, Separated + Spread for long ones.
+
+    Long runs never wait for a large tile: those have slack, and are paid in shares.
+    """
+    if positions <= LONG_RUN:
+        inner: Tiling = Blocked(positions, block=BLOCK)
+    else:
+        inner = Spread(Separated(positions, near=NEAR, block=BLOCK), every=EVERY)
+    return Prompted(inner, prompt) if prompt else inner
+
+
+def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
+    """Reads a prompt [B, P], P >= 1, in chunks of bounded memory; returns the last position's logits [B, V]."""
+    pieces = prompt.split(chunk, dim=1)
+    logits = decoder.extend(state, pieces[0])
+    for piece in pieces[1:]:
+        logits = decoder.extend(state, piece)
+    return logits
+
+
+def decode(
+    decoder: Decoder,
+    prompt: Tensor,
+    choose: Choose,
+    *,
+    max_new_tokens: int,
+    tiling: Tiling | None = None,
+    beside: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Tensor]:
+    """Yields tokens [B], `max_new_tokens` of them, each chosen from the exact logits [B, V] of all that came before.
+
+    prompt [B, P], P >= 1. `choose` maps logits to tokens. `tiling` covers P + max_new_tokens - 1 positions (default:
+    `default_tiling`, after the prompt as one parallel pass). `beside` pays tiles that have slack on a second core
+    (default: if there is one). Nothing is left half done by a caller who stops.
+    """
+    batch, length = prompt.shape
+    if tiling is None:
+        tiling = default_tiling(max(max_new_tokens - 1, 1), length)
+    state = decoder.init(batch, tiling, dtype=dtype)
+    logits = prefill(decoder, state, prompt)
+    with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
+        for step in range(max_new_tokens):
+            if step:
+                pay()
+                logits = decoder.extend(state, tokens[:, None])  # noqa: F821
+            tokens = choose(logits)
+            yield tokens
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

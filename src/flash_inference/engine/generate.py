@@ -1,0 +1,201 @@
+"""Generation as users call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_inference.engine.decode import decode
+from flash_inference.engine.plan import check_memory
+from flash_inference.engine.prompts import Prompt, as_rows, check_room
+from flash_inference.engine.sampling import Sampler, Sampling
+from flash_inference.errors import SamplingError, TokenError
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.tiling import Tiling
+
+
+class Generation(NamedTuple):
+    """New tokens [B, N] and the log-probabilities [B, N] that the model gave them before any sampling setting."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class Step(NamedTuple):
+    """One step of a stream: tokens [B], their log-probabilities [B] if asked for, and which rows have ended [B]."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    ended: Tensor
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Prompt = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    allowed: Sequence[int] | None = None,
+    seed: int | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    stop: Sequence[str] | str = (),
+    n: int = 1,
+    logprobs: bool = False,
+    tiling: Tiling | None = None,
+) -> Any:
+    """New tokens [B * n, N], N <= max_new_tokens, exactly those of a full recompute at each step.
+
+    prompt: token ids [B, P] (tensor or lists, ragged lists are decoded row by row), text, or None to begin from the
+    model's start token. `n` samples per prompt stand next to each other. Rows end after a stop token (`stop_tokens`;
+    None takes the model's own, () never stops) or after a token that completes one of the strings `stop`; ended rows
+    are filled with the model's pad token, and generation stops when all have ended. Temperature 0 is greedy; settings
+    are those of `Sampling`. With `logprobs` the result is a `Generation(tokens, logprobs)`.
+    `tiling` covers prompt + max_new_tokens - 1 positions; the default never waits for a large tile.
+    Cost per token: one pass over the weights, and O(log^2 L) per channel for the mixers.
+    Raises LengthError, TokenError, SamplingError, NumericsError or PlanError, all but NumericsError before any compute.
+
+    >>> model = flash_inference.load("shakespeare")
+    >>> model.tokens.decode(flash_inference.generate(model, "ROMEO.", max_new_tokens=40)[0])
+    """
+    settings = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "allowed": allowed, "seed": seed, "stop_tokens": stop_tokens,
+        "stop": stop, "logprobs": logprobs, "tiling": tiling,
+    }  # fmt: skip
+    if n < 1:
+        raise SamplingError(f"n is {n}; expected at least 1 sample per prompt.")
+    rows = as_rows(model, prompt)
+    check_room(model, max(len(row) for row in rows), max_new_tokens)
+    lengths = {len(row) for row in rows}
+    groups = [rows] if len(lengths) == 1 else [[row] for row in rows]
+    parts: list[Generation] = []
+    for index, group in enumerate(groups):
+        prompts = torch.stack([row for row in group for _ in range(n)])
+        first = index * n if len(groups) > 1 else 0
+        steps = list(_steps(model, prompts, first_row=first, **settings))
+        tokens = torch.stack([step.tokens for step in steps], dim=1)
+        chances = [step.logprobs for step in steps if step.logprobs is not None]
+        parts.append(Generation(tokens, torch.stack(chances, dim=1) if chances else torch.empty(0)))
+    longest = max(part.tokens.shape[1] for part in parts)
+    tokens = torch.cat([_fill(part.tokens, longest, model.config.pad_token) for part in parts])
+    if not logprobs:
+        return tokens
+    return Generation(tokens, torch.cat([_fill(part.logprobs, longest, 0.0) for part in parts]))
+
+
+def stream(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, **settings: Any) -> Iterator[Tensor]:
+    """Yields tokens [B] as they are made: the columns of what `generate` returns, with the same settings.
+
+    Rows of one length only; what is wrong with the arguments is raised by the call itself. Stopping early loses nothing.
+    """
+    steps = stream_steps(model, prompt, max_new_tokens=max_new_tokens, **settings)
+    return (step.tokens for step in steps)
+
+
+def stream_steps(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, **settings: Any) -> Iterator[Step]:
+    """As `stream`, but yields `Step`s: tokens, log-probabilities if asked for, and which rows have ended."""
+    n = settings.pop("n", 1)
+    if n < 1:
+        raise SamplingError(f"n is {n}; expected at least 1 sample per prompt.")
+    rows = as_rows(model, prompt)
+    check_room(model, max(len(row) for row in rows), max_new_tokens)
+    if len({len(row) for row in rows}) > 1:
+        raise TokenError("a stream needs prompts of one length; stream ragged rows one by one, or use generate.")
+    return _steps(model, torch.stack([row for row in rows for _ in range(n)]), max_new_tokens=max_new_tokens, **settings)
+
+
+def _steps(
+    model: LanguageModel,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    stop: Sequence[str] | str = (),
+    logprobs: bool = False,
+    tiling: Tiling | None = None,
+    first_row: int = 0,
+    allowed: Sequence[int] | None = None,
+    **settings: Any,
+) -> Iterator[Step]:
+    """Checks everything, then returns the iterator."""
+    sampling = Sampling(allowed=None if allowed is None else tuple(int(token) for token in allowed), **settings)
+    sampler = Sampler(sampling, prompt.shape[0], model.config.vocab_size, seen=prompt, first_row=first_row)
+    stops = Stops(model, prompt.shape[0], stop_tokens, stop)
+    check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
+    decoder = model.decoder(prompt.shape[1] + max_new_tokens)
+
+    def run() -> Iterator[Step]:
+        chances: list[Tensor | None] = [None]
+
+        def choose(logits: Tensor) -> Tensor:
+            tokens = sampler(logits)
+            if logprobs:
+                chances[0] = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
+            return stops.fill(tokens)
+
+        for tokens in decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling):
+            chance = chances[0]
+            if chance is not None:
+                chance = chance.masked_fill(stops.ended, 0.0)
+            stops.see(tokens)
+            yield Step(tokens, chance, stops.ended.clone())
+            if stops.all_ended:
+                return
+
+    return run()
+
+
+class Stops:
+    """Which rows have ended: by a stop token, or by text that completes a stop string."""
+
+    def __init__(self, model: LanguageModel, rows: int, stop_tokens: Sequence[int] | None, stop: Sequence[str] | str) -> None:
+        self.pad = model.config.pad_token
+        chosen = model.config.stop_tokens if stop_tokens is None else stop_tokens
+        self.tokens = torch.tensor([int(token) for token in chosen], dtype=torch.long)
+        for token in self.tokens.tolist():
+            if not 0 <= token < model.config.vocab_size:
+                raise TokenError(
+                    f"stop token id {token} is outside the vocabulary; expected 0 .. {model.config.vocab_size - 1}."
+                )
+        self.strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not text for text in self.strings):
+            raise SamplingError("a stop string is empty, which would stop at once; expected at least one character.")
+        self.ended = torch.zeros(rows, dtype=torch.bool)
+        self.all_ended = False
+        self._decoders = [model.tokens.decoder() for _ in range(rows)] if self.strings else []
+        self._tails = [""] * rows
+        self._keep = max((len(text) for text in self.strings), default=1) - 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing can ever stop a row."""
+        return not self.strings and not len(self.tokens)
+
+    def fill(self, tokens: Tensor) -> Tensor:
+        """`tokens` [B] with the pad token where rows have ended."""
+        return tokens if self.idle else tokens.masked_fill(self.ended, self.pad)
+
+    def see(self, tokens: Tensor) -> None:
+        """Takes notice of the newest tokens [B]."""
+        if self.idle:
+            return
+        before = self.ended
+        self.ended = before | torch.isin(tokens, self.tokens)
+        for row, decoder in enumerate(self._decoders):
+            if not before[row]:
+                text = self._tails[row] + decoder.push(int(tokens[row]))
+                if any(string in text for string in self.strings):
+                    self.ended[row] = True
+                self._tails[row] = text[-self._keep :] if self._keep else ""
+        self.all_ended = bool(self.ended.all())
+
+
+def _fill(rows: Tensor, length: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=value)

@@ -1,0 +1,102 @@
+"""Who pays the tiles, and when: at once, or beside the steps on a second core."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from queue import SimpleQueue
+from types import TracebackType
+
+import torch
+
+from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.tiling import Rectangle, Share
+
+
+class Payer:
+    """Pays what is due before each step.
+
+    With `beside`, tiles that have slack go to one worker thread, and a step waits only for those whose first target
+    it is about to read: on two cores the far past costs the steps almost nothing. This is exact whatever the timing:
+    a share writes only rows that no step reads or adds to before the share is due, and shares run in the order they
+    were handed over, so that sums are always formed in one order. Rings pay at once, since their rows are reused.
+    `waits` counts the steps that had to wait.
+    """
+
+    def __init__(self, decoder: Decoder, state: ModelState, beside: bool) -> None:
+        self.decoder, self.state = decoder, state
+        self.beside = beside and bool(state.stack.tiling.slacks) and state.stack.tiling.length is not None
+        self.waits = 0
+        self._handed: deque[int] = deque()
+        self._next_due = -1
+        self._work: SimpleQueue[Rectangle | Share | None] = SimpleQueue()
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Payer:
+        if self.beside:
+            self._thread = threading.Thread(target=self._run, name="flash-inference-payer", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is not None:
+            if kind is not None:
+                self._drop()
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+            if kind is None:
+                self._collect(len(self._handed))
+
+    def __call__(self) -> None:
+        """Pays, or hands over, what became payable with the last position, and waits for what the next one reads."""
+        stack = self.state.stack
+        clock = stack.clock
+        if stack.paid < clock:
+            near: list[Rectangle | Share] = []
+            for tile in self.decoder.due(self.state):
+                whole = tile.tile if isinstance(tile, Share) else tile
+                if self._thread is not None and whole.slack > 0:
+                    self._hand(tile, whole.due)
+                else:
+                    near.append(tile)
+            self._settle(clock)
+            for tile in near:
+                self.decoder.pay(self.state, tile)
+            stack.paid = clock
+
+    def _hand(self, tile: Rectangle | Share, due: int) -> None:
+        self._handed.append(due)
+        self._next_due = due if len(self._handed) == 1 else min(self._next_due, due)
+        self._work.put(tile)
+
+    def _settle(self, clock: int) -> None:
+        """Waits for every handed share that is due at `clock`."""
+        if self._handed and self._next_due <= clock:
+            last = max(i for i, due in enumerate(self._handed) if due <= clock)
+            self.waits += self._done.qsize() <= last
+            self._collect(last + 1)
+
+    def _collect(self, count: int) -> None:
+        for _ in range(count):
+            self._handed.popleft()
+            error = self._done.get()
+            if error is not None:
+                raise error
+        self._next_due = min(self._handed, default=-1)
+
+    def _drop(self) -> None:
+        while not self._work.empty():
+            self._work.get()
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            while (tile := self._work.get()) is not None:
+                try:
+                    self.decoder.pay(self.state, tile)
+                    self._done.put(None)
+                except BaseException as error:
+                    self._done.put(error)
+                    return

@@ -1,0 +1,71 @@
+"""What a caller may give as a prompt, and the checks that it passes before any compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_inference.errors import LengthError, ShapeError, TokenError
+from flash_inference.models.backbone import LanguageModel
+
+Prompt = Tensor | str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | None
+
+
+def as_rows(model: LanguageModel, prompt: Prompt) -> list[Tensor]:
+    """The prompt as token rows [P_b], each of at least one token: an empty row becomes the model's start token.
+
+    Takes a tensor [B, P] or [P], a list of ids, a list of such rows (ragged ones too), text, a list of texts, or
+    None for one empty row. Text is encoded with the model's tokens and begins with the start token.
+    """
+    rows = [_as_row(model, row) for row in _rows(prompt)]
+    if not rows:
+        raise ShapeError("the prompt has no rows; expected at least one. Pass None, or [[]], to start from nothing.")
+    for row in rows:
+        model.check_tokens(row[None])
+    return rows
+
+
+def _rows(prompt: Any) -> list[Any]:
+    if prompt is None or isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, Tensor):
+        if prompt.ndim not in (1, 2):
+            raise ShapeError(f"the prompt has shape {tuple(prompt.shape)}; expected [B, P] or [P] token ids.")
+        return [prompt] if prompt.ndim == 1 else list(prompt)
+    if isinstance(prompt, Sequence):
+        items: list[Any] = list(prompt)  # type: ignore[reportUnknownArgumentType]
+        nested = any(isinstance(item, str | Tensor | Sequence) for item in items)
+        return items if nested else [items]
+    raise TokenError(f"the prompt is a {type(prompt).__name__}; expected token ids (tensor or lists), text, or None.")
+
+
+def _as_row(model: LanguageModel, row: Any) -> Tensor:
+    start = model.config.start_token
+    if row is None:
+        return torch.tensor([start])
+    if isinstance(row, str):
+        return torch.tensor([start, *model.tokens.encode(row)])
+    if isinstance(row, Tensor):
+        tokens = row.detach().cpu()
+    else:
+        try:
+            tokens = torch.tensor(list(row), dtype=None if len(row) else torch.long)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TokenError(f"a prompt row is not a list of integer ids ({error}). Encode text first.") from None
+    return tokens if tokens.numel() else torch.tensor([start])
+
+
+def check_room(model: LanguageModel, longest: int, max_new_tokens: int) -> None:
+    """Raises LengthError unless prompt and new tokens fit the filter."""
+    if max_new_tokens < 1:
+        raise LengthError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    limit = model.config.length
+    if longest + max_new_tokens > limit:
+        raise LengthError(
+            f"{longest} prompt tokens + {max_new_tokens} new tokens = {longest + max_new_tokens}; this model's filter "
+            f"has {limit} taps, the most positions it can run. Ask for at most {max(limit - longest, 0)} new tokens, "
+            "or shorten the prompt."
+        )

@@ -1,0 +1,10 @@
+"""WHAT: operations over positions. Here, and only here, tilings meet tensors."""
+
+from __future__ import annotations
+
+from flash_inference.mixers.long_conv import LongConv
+from flash_inference.mixers.online import OnlineConvolution
+from flash_inference.mixers.short_conv import ShortConv
+from flash_inference.mixers.stack import Stack, StackState
+
+__all__ = ["LongConv", "OnlineConvolution", "ShortConv", "Stack", "StackState"]

@@ -1,0 +1,299 @@
+"""Long convolutions of several layers side by side: one state, one clock, one call that pays a tile of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flash_inference.errors import LengthError, ShapeError
+from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, tile_conv, triangle_conv
+from flash_inference.tiling import Rectangle, Share, Tiling
+
+STAGE = 32
+CHUNK = 4096
+
+
+@dataclass(slots=True)
+class StackState:
+    """The past of M convolutions of width D for a batch of B sequences, as one value.
+
+    `history` [M * D, B, rows] is the one buffer: a column holds a position's partial sums until the position is read
+    and its inputs afterwards. Time is its contiguous axis, since transforms run along it. The base block around the
+    clock is staged time-major in `inputs` and `partial` [block, B, M * D], since steps read and write rows.
+    `clock` counts the positions known; `paid` how many of them have paid their tiles. Row b begins at clock
+    `start[b]`; inputs before it are zero. A tiling without end uses the rows as a ring: `cleared` is the clock up to
+    which rows have been zeroed for use as targets.
+    """
+
+    tiling: Tiling
+    start: Tensor
+    history: Tensor
+    inputs: Tensor
+    partial: Tensor
+    clock: int = 0
+    paid: int = 0
+    cleared: int = 0
+    staged: bool = False
+    last_start: int = 0
+    pushes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    input_rows: list[np.ndarray] = field(default_factory=list, repr=False)
+    partial_rows: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def block(self) -> int:
+        """Positions in the staged block."""
+        return self.inputs.shape[0]
+
+    @property
+    def base(self) -> int:
+        """The clock of the staged block's first position."""
+        return self.clock - (self.clock - self.tiling.origin) % self.block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.history.nbytes + self.inputs.nbytes + self.partial.nbytes
+
+
+class Stack:
+    """M causal depthwise convolutions of width D with one PreparedFilter [M * D, taps] and skip terms [M * D].
+
+    z[m, t, d] = sum over i <= t of y[m, i, d] rho[m, t - i, d] + skip[m, d] y[m, t, d], exactly, for positions that
+    arrive in any chunks. One step is `begin(n)`, `mix(m, y)` for m = 0 .. M - 1 in order, `commit(n)`; between steps
+    `due` tells the tiles that became payable and `pay` pays one of them for all M convolutions at once.
+    """
+
+    def __init__(self, filter: PreparedFilter, width: int, skip: Tensor | None = None) -> None:
+        if filter.channels % width:
+            raise ShapeError(f"the filter has {filter.channels} channels; expected a multiple of the width {width}.")
+        self.filter, self.width = filter, width
+        with torch.inference_mode(False), torch.no_grad():
+            zero = torch.zeros_like(filter.rho[:, 0])
+            self.skip = zero if skip is None else skip.detach().to(zero).clone()
+            self.diagonal = filter.rho[:, 0] + self.skip
+
+    @property
+    def count(self) -> int:
+        """M, the number of convolutions."""
+        return self.filter.channels // self.width
+
+    def init(
+        self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None
+    ) -> StackState:
+        """An empty past. Memory: about rows * B * M * D numbers, rows = `rows(tiling)`; raises LengthError.
+
+        `dtype` is how the history is stored (default: the filter's); the staged block and all sums keep the filter's.
+        `start` [B] is the clock at which each row begins (default 0).
+        """
+        C, rho = self.filter.channels, self.filter.rho
+        block = tiling.block if tiling.block > 1 else STAGE
+        with torch.inference_mode(False):
+            start = torch.zeros(batch, dtype=torch.long) if start is None else start.detach().clone()
+            history = torch.zeros(C, batch, self.rows(tiling), dtype=dtype or rho.dtype, device=rho.device)
+            inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
+        state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
+        state.cleared = history.shape[2]
+        self.bind(state)
+        return state
+
+    def bind(self, state: StackState) -> None:
+        """Makes the views of the staged block that steps use; inline pairs: row r owes rows r + 1 .. of its block."""
+        if state.inputs.device.type == "cpu":
+            state.input_rows, state.partial_rows = list(state.inputs.numpy()), list(state.partial.numpy())
+        state.pushes = []
+        if state.tiling.block > 1:
+            rho = self.filter.near if state.block <= NEAR else self.filter.rho.T
+            for r in range(state.block):
+                n = min(state.block - r - 1, self.filter.length - 1)
+                state.pushes.append((state.partial[r + 1 : r + 1 + n], rho[1 : 1 + n, None], state.inputs[r : r + 1]))
+
+    def rows(self, tiling: Tiling) -> int:
+        """Rows of history that a tiling needs: its length, or the ring that holds its reach and a chunk."""
+        block = tiling.block if tiling.block > 1 else STAGE
+        lead = _lead(tiling, block)
+        if tiling.length is not None:
+            if tiling.length < 1:
+                raise LengthError(f"the tiling's length is {tiling.length}; expected at least 1 position.")
+            return lead + _round_up(tiling.length - tiling.origin, block)
+        back, ahead = tiling.reach
+        return _round_up(back, block) + _round_up(ahead, block) + 2 * block + self.chunk(tiling)
+
+    def chunk(self, tiling: Tiling) -> int:
+        """The most positions that one `begin` takes in a ring."""
+        block = tiling.block if tiling.block > 1 else STAGE
+        return _round_up(min(CHUNK, max(block, self.filter.length)), block)
+
+    def pieces(self, state: StackState, n: int) -> list[int]:
+        """Sizes in which n further positions are taken: one piece, but for rings, whose pieces do not wrap."""
+        if state.tiling.length is not None:
+            left = state.tiling.length - state.clock
+            if n > left:
+                raise LengthError(
+                    f"{n} more positions after {state.clock} make {state.clock + n}; the state holds "
+                    f"{state.tiling.length}. Make the tiling longer."
+                )
+            return [n] if n else []
+        sizes, clock, rows = [], state.clock, state.history.shape[2]
+        while n:
+            size = min(n, self.chunk(state.tiling), rows - self._slot(state, clock))
+            sizes.append(size)
+            clock, n = clock + size, n - size
+        return sizes
+
+    def due(self, state: StackState) -> tuple[Rectangle | Share, ...]:
+        """The tiles that became payable with the last position and are not paid yet."""
+        if state.paid == state.clock:
+            return ()
+        return tuple(state.tiling.after(state.clock - 1))  # type: ignore[arg-type]
+
+    def settle(self, state: StackState) -> None:
+        """Pays all that is due."""
+        for tile in self.due(state):
+            self.pay(state, tile)
+        state.paid = state.clock
+
+    def pay(self, state: StackState, tile: Rectangle | Share, impl: Impl = Impl.MEASURED) -> None:
+        """Adds what the tile's sources owe its targets, for all M convolutions. The caller keeps `state.paid`."""
+        channels = slice(None)
+        if isinstance(tile, Share):
+            part = tile.channels(self.filter.channels)
+            if not part:
+                return
+            channels, tile = slice(part.start, part.stop), tile.tile
+        newest, oldest = tile.sources.stop - 1, tile.targets.start
+        for s, y in self._columns(state, tile.sources, channels, known=True):
+            for t, out in self._columns(state, tile.targets, channels, known=False):
+                first = (oldest - newest) + t + (len(tile.sources) - s - y.shape[0])
+                tile_conv(y, self.filter, first, out=out, channels=channels, impl=impl)
+
+    def begin(self, state: StackState, n: int) -> None:
+        """Makes the next n positions readable: pays what is due, and what earlier sources owe inside a chunk."""
+        if state.paid < state.clock:
+            self.settle(state)
+        if n == 1 and state.clock >= state.tiling.origin:
+            if not state.staged:
+                self._stage(state)
+            return
+        first, block = state.base, state.block
+        self._unstage(state)
+        inline = state.tiling.block > 1 and state.clock >= state.tiling.origin
+        for item in state.tiling.span(state.clock, n).before:
+            tile = item.tile if isinstance(item, Share) else item
+            within = tile.sources.start >= first and tile.targets.stop <= first + block  # type: ignore[union-attr]
+            if not (inline and within):
+                self.pay(state, item)  # type: ignore[arg-type]
+
+    def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
+        """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""
+        D, N = self.width, y.shape[1]
+        lanes = slice(m * D, (m + 1) * D)
+        if state.clock < state.last_start:
+            y = y * self.alive(state, N)[..., None].to(y.dtype)
+        if state.staged:
+            r = state.clock - state.base
+            state.inputs[r, :, lanes] = y[:, 0]
+            z = torch.addcmul(state.partial[r, :, lanes], self.diagonal[lanes], state.inputs[r, :, lanes])
+            return z[:, None].to(y.dtype)
+        slot = self._slot(state, state.clock)
+        column = state.history[lanes, :, slot : slot + N]
+        y = y.permute(2, 0, 1).to(self.filter.rho.dtype).contiguous()
+        z = column.to(self.filter.rho.dtype, copy=True)
+        triangle_conv(y.permute(2, 1, 0), self.filter, out=z.permute(2, 1, 0), channels=lanes)
+        z.addcmul_(self.skip[lanes, None, None], y)
+        column.copy_(y)
+        return z.permute(1, 2, 0)
+
+    def alive(self, state: StackState, n: int) -> Tensor:
+        """[B, n]: whether each of the next n positions has begun, by the rows' starts."""
+        return torch.arange(state.clock, state.clock + n) >= state.start[:, None]
+
+    def commit(self, state: StackState, n: int) -> None:
+        """Closes a step of n positions: their inputs are known, and the pairs inside their base block are paid."""
+        if state.staged:
+            r = state.clock - state.base
+            if state.pushes:
+                out, rho, y = state.pushes[r]
+                out.addcmul_(rho, y)
+            state.clock += 1
+            if r == state.block - 1:
+                self._flush(state)
+            return
+        start, stop = state.clock, state.clock + n
+        for item in state.tiling.span(start, n).after:
+            self.pay(state, item)  # type: ignore[arg-type]
+        state.clock, state.paid = stop, stop - 1
+        if state.tiling.block > 1 and stop > state.tiling.origin and state.base < stop:
+            sources = range(max(state.base, start), stop)
+            self.pay(state, Rectangle(sources, range(stop, state.base + state.block)))
+        self._clear(state)
+
+    def _slot(self, state: StackState, clock: int) -> int:
+        slot = clock - state.tiling.origin + _lead(state.tiling, state.block)
+        return slot if state.tiling.length is not None else slot % state.history.shape[2]
+
+    def _columns(
+        self, state: StackState, positions: range, channels: slice, known: bool
+    ) -> list[tuple[int, Tensor]]:
+        """The state of a range of positions as (offset, [N, B, C] view) pieces: staged block, history, ring ends."""
+        pieces, clock, stop = [], positions.start, positions.stop
+        rows, base = state.history.shape[2], state.base
+        while clock < stop:
+            if state.staged and base <= clock < base + state.block:
+                end = min(stop, base + state.block)
+                block = state.inputs if known else state.partial
+                view = block[clock - base : end - base, :, channels]
+            else:
+                slot = self._slot(state, clock)
+                end = min(stop, clock + rows - slot, base if state.staged and clock < base else stop)
+                view = state.history[channels, :, slot : slot + end - clock].permute(2, 1, 0)
+            pieces.append((clock - positions.start, view))
+            clock = end
+        return pieces
+
+    def _stage(self, state: StackState) -> None:
+        """Loads the block around the clock from history: partial sums, and the inputs known so far."""
+        slot, r = self._slot(state, state.base), state.clock - state.base
+        column = state.history[:, :, slot : slot + state.block].permute(2, 1, 0)
+        state.inputs[:r] = column[:r]
+        state.partial[r:] = column[r:]
+        state.staged = True
+
+    def _unstage(self, state: StackState) -> None:
+        """Writes the staged block back to history: inputs where known, partial sums where not."""
+        if not state.staged:
+            return
+        slot, r = self._slot(state, state.base), state.clock - state.base
+        state.history[:, :, slot : slot + r] = state.inputs[:r].permute(2, 1, 0)
+        state.history[:, :, slot + r : slot + state.block] = state.partial[r:].permute(2, 1, 0)
+        state.staged = False
+
+    def _flush(self, state: StackState) -> None:
+        """Moves a completed block's inputs to history."""
+        slot = self._slot(state, state.clock - state.block)
+        state.history[:, :, slot : slot + state.block] = state.inputs.permute(2, 1, 0)
+        state.staged = False
+        self._clear(state)
+
+    def _clear(self, state: StackState) -> None:
+        """In a ring, zeroes the rows that may become targets before the next call; their old inputs are read no more."""
+        if state.tiling.length is not None:
+            return
+        rows = state.history.shape[2]
+        until = _round_up(state.clock, state.block) + rows - _round_up(state.tiling.reach[0], state.block) - state.block
+        while state.cleared < until:
+            slot = self._slot(state, state.cleared)
+            end = min(until, state.cleared + rows - slot)
+            state.history[:, :, slot : slot + end - state.cleared] = 0
+            state.cleared = end
+
+
+def _round_up(n: int, block: int) -> int:
+    return -(-n // block) * block
+
+
+def _lead(tiling: Tiling, block: int) -> int:
+    """Rows before the first aligned block: the prompt's, rounded up so that blocks stay aligned."""
+    return _round_up(tiling.origin, block)

@@ -1,0 +1,1 @@
+"""Architectures as short compositions of shared blocks."""

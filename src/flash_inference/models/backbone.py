@@ -1,0 +1,79 @@
+"""Embed, blocks, norm, head: the same for every family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.models.blocks import Block
+from flash_inference.errors import LengthError, ModelError, TokenError
+from flash_inference.models.config import HyenaConfig
+from flash_inference.models.decoder import Decoder
+from flash_inference.models.tokens import TOKENS, Table
+
+
+class LanguageModel(nn.Module):
+    """A long convolution language model: tokens [B, L] -> logits [B, L, V]."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._decoder: tuple[object, Decoder] | None = None
+
+    @property
+    def tokens(self) -> Table:
+        """The table between text and this model's token ids."""
+        if self.config.tokens not in TOKENS:
+            raise ModelError(f"token table {self.config.tokens!r} is unknown; expected one of {', '.join(TOKENS)}.")
+        return TOKENS[self.config.tokens]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The full forward: tokens [B, L] -> logits [B, L, V], each position from itself and its past."""
+        self.check_tokens(tokens)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises unless tokens [B, L] are ids of the vocabulary and no more than the filter's length."""
+        if tokens.ndim != 2:
+            raise TokenError(f"tokens have shape {tuple(tokens.shape)}; expected [B, L]. Add a batch axis: tokens[None].")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TokenError(f"tokens are {tokens.dtype}; expected integer ids. Convert with tokens.long().")
+        bad = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if bad.any():
+            row, place = (int(i) for i in bad.nonzero()[0])
+            raise TokenError(
+                f"token id {int(tokens[row, place])} at row {row}, position {place} is outside the vocabulary; "
+                f"expected 0 .. {self.config.vocab_size - 1}. Was the text encoded with this model's tokens?"
+            )
+        if tokens.shape[1] > self.config.length:
+            raise LengthError(
+                f"{tokens.shape[1]} positions were given; the filter has {self.config.length} taps, the longest "
+                "sequence this model can run. Shorten the input, or train with a longer filter."
+            )
+
+    def decoder(self, length: int | None = None) -> Decoder:
+        """This model made ready to decode `length` positions (default: all its filter allows).
+
+        Kept and reused while the weights stay the same and the length suffices.
+        """
+        length = self.config.length if length is None else length
+        if not 1 <= length <= self.config.length:
+            raise LengthError(
+                f"{length} positions were asked for; this model's filter allows 1 .. {self.config.length}. "
+                "Shorten the prompt, or ask for fewer new tokens."
+            )
+        version = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if self._decoder is None or self._decoder[0] != version or self._decoder[1].length < length:
+            self._decoder = (version, Decoder(self, length))
+        return self._decoder[1]

@@ -1,0 +1,145 @@
+"""A model made ready to decode: filters prepared once, and a state that any chunk of tokens extends exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flash_inference.mixers.stack import Stack, StackState
+from flash_inference.ops.decode_step import HyenaStep, LayerWeights
+from flash_inference.ops.decode_step.numpy import Scratch
+from flash_inference.ops.tile_conv import PreparedFilter
+from flash_inference.tiling import Rectangle, Share, Tiling
+
+if TYPE_CHECKING:
+    from flash_inference.models.backbone import LanguageModel
+
+
+@dataclass(slots=True)
+class ModelState:
+    """The past of a batch of sequences: the long convolutions' stack, and the short convolutions' pending sums.
+
+    `short` is [layers, taps - 1, B, (N + 1) D]. `scratch` holds no past.
+    """
+
+    stack: StackState
+    short: Tensor
+    scratch: Scratch | None
+
+    @property
+    def clock(self) -> int:
+        """Positions known."""
+        return self.stack.clock
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.short.shape[2]
+
+
+class Decoder:
+    """Steps a LanguageModel: `init`, then `extend` by any number of tokens; `due` and `pay` between steps.
+
+    Filters are evaluated once, up to `length` taps. `fused` runs single positions on a CPU through numpy
+    (ops.decode_step); otherwise, and for chunks, the model's own modules run.
+    """
+
+    def __init__(self, model: LanguageModel, length: int, *, spectra_bytes: int | None = None) -> None:
+        self.model, self.config = model, model.config
+        with torch.inference_mode(False), torch.no_grad():
+            mixers = [block.mixer for block in model.blocks]
+            rho = torch.cat([mixer.filter.taps(length) for mixer in mixers])
+            skip = torch.cat([mixer.skip for mixer in mixers])
+        self.stack = Stack(PreparedFilter(rho, spectra_bytes), model.config.width, skip)
+        weight = model.head.weight
+        self.fused = _fused_step(model, self.stack) if _fusible(weight) else None
+
+    @property
+    def length(self) -> int:
+        """Filter taps prepared, hence positions that can be run."""
+        return self.stack.filter.length
+
+    def init(self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None) -> ModelState:
+        """An empty state; `start` [B] is the clock at which each row begins, `dtype` how the history is stored."""
+        stack = self.stack.init(batch, tiling, dtype=dtype, start=start)
+        with torch.inference_mode(False), torch.no_grad():
+            short = torch.stack([block.mixer.short.init(batch) for block in self.model.blocks])
+        return ModelState(stack, short, self.fused.scratch(batch) if self.fused else None)
+
+    def due(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
+        """The tiles that became payable with the last position."""
+        return self.stack.due(state.stack)
+
+    def pay(self, state: ModelState, tile: Rectangle | Share) -> None:
+        """Pays one tile for all layers."""
+        self.stack.pay(state.stack, tile)
+
+    def settle(self, state: ModelState) -> None:
+        """Pays all that is due."""
+        self.stack.settle(state.stack)
+
+    @torch.no_grad()
+    def extend(self, state: ModelState, tokens: Tensor, *, every: bool = False) -> Tensor:
+        """The next tokens [B, N] -> logits [B, V] of the last position, or [B, N, V] of all with `every`.
+
+        Exact anywhere in the sequence. What is still due is paid first.
+        """
+        outputs, done = [], 0
+        for size in self.stack.pieces(state.stack, tokens.shape[1]):
+            outputs.append(self._piece(state, tokens[:, done : done + size], every))
+            done += size
+        return torch.cat(outputs, dim=1) if every else outputs[-1]
+
+    def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
+        stack, N = state.stack, tokens.shape[1]
+        self.stack.begin(stack, N)
+        if stack.staged and self.fused and state.scratch and stack.clock >= stack.last_start:
+            logits = self._step(state, tokens[:, 0])
+            return logits[:, None] if every else logits
+        x = self.model.embedding(tokens)
+        alive = self.stack.alive(stack, N) if stack.clock < stack.last_start else None
+        M = self.config.order - 1
+        for layer, block in enumerate(self.model.blocks):
+            x = block.extend(x, lambda o, y, first=layer * M: self.stack.mix(stack, first + o, y), state.short[layer], alive)
+        self.stack.commit(stack, N)
+        x = x if every else x[:, -1]
+        return self.model.head(self.model.norm(x))
+
+    def _step(self, state: ModelState, tokens: Tensor) -> Tensor:
+        stack, scratch, step = state.stack, state.scratch, self.fused
+        assert scratch is not None and step is not None
+        row = stack.clock - stack.base
+        torch.index_select(self.model.embedding.weight, 0, tokens, out=scratch.x.view(len(tokens), -1))
+        short = state.short.numpy()
+        step(scratch, stack.partial_rows[row], stack.input_rows[row], short)
+        step.advance(scratch, short)
+        self.stack.commit(stack, 1)
+        return self.model.head(self.model.norm(scratch.x.view(len(tokens), -1)))
+
+
+def _fusible(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _fused_step(model: LanguageModel, stack: Stack) -> HyenaStep:
+    def pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        return module.weight.detach(), module.bias.detach()  # type: ignore[union-attr, return-value]
+
+    layers = []
+    for block in model.blocks:
+        mixer, short = block.mixer, block.mixer.short
+        layers.append(
+            LayerWeights(
+                norm1=pair(block.norm1),
+                in_proj=pair(mixer.in_proj),
+                short=(short.weight.detach()[:, 0], short.bias.detach()),
+                out_proj=pair(mixer.out_proj),
+                norm2=pair(block.norm2),
+                fc1=pair(block.mlp.fc1),
+                fc2=pair(block.mlp.fc2),
+            )
+        )
+    return HyenaStep(layers, model.config.order, model.config.norm_eps, stack.diagonal)

@@ -1,0 +1,45 @@
+"""A tile as a direct sum: the least work for small sides, and for tiles one position wide."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
+
+
+def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor, channels: slice) -> None:
+    """out[j] += sum over i of y[i] rho[first + (S - 1) + j - i] for y [S, B, C], out [T, B, C].
+
+    One source is a rank-one update, one target a dot product, anything else a depthwise correlation of the taps with
+    the reversed sources. O(S T) per channel. Error at most S eps sum |y| |rho| per element.
+    """
+    S, T = y.shape[0], out.shape[0]
+    y = y.to(filter.rho.dtype)
+    if S == 1:
+        if first + T <= min(NEAR, filter.length) and out.dtype == y.dtype:
+            out.addcmul_(filter.near[first : first + T, None, channels], y)
+        else:
+            out.add_(filter.taps(first, T, channels).T[:, None] * y)
+    elif T == 1:
+        S = min(S, filter.length - first)
+        if S > 0:
+            out[0] += _dot(y[-S:], filter.backwards(first, S, channels))
+    else:
+        out.add_(correlate(filter.taps(first, S + T - 1, channels), y))
+
+
+def _dot(y: Tensor, rho: Tensor) -> Tensor:
+    """sum over i of y[i, b, c] rho[c, i]: einsum of numpy on a CPU (torch's is three times slower), torch elsewhere."""
+    if y.device.type == "cpu":
+        return torch.from_numpy(np.einsum("ibc,ci->bc", y.numpy(), rho.numpy()))
+    return torch.einsum("ibc,ci->bc", y, rho)
+
+
+def correlate(window: Tensor, y: Tensor) -> Tensor:
+    """window [C, S + T - 1] correlated with the reversed sources y [S, B, C], as [T, B, C]."""
+    S, B, C = y.shape
+    kernel = y.permute(1, 2, 0).flip(2).reshape(B * C, 1, S)
+    lanes = window.expand(B, *window.shape).reshape(1, B * C, -1)
+    return torch.nn.functional.conv1d(lanes, kernel, groups=B * C).view(B, C, -1).permute(2, 0, 1)

@@ -1,0 +1,35 @@
+"""The triangle of a chunk: every source pays every target of the same chunk from itself on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_inference.ops.causal_conv import good_size
+from flash_inference.ops.tile_conv.direct import correlate
+from flash_inference.ops.tile_conv.fft import CHUNK_BYTES
+from flash_inference.ops.tile_conv.filter import PreparedFilter
+
+DIRECT_SIDE = 24
+
+
+def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: slice = slice(None)) -> None:
+    """out[j] += sum over i <= j of y[i] rho[j - i] for y, out [N, B, C], filter channels `channels`, lag 0 included.
+
+    Direct up to 24 positions, by FFT above: O(N log N) per channel, in pieces of about 1 MiB.
+    """
+    N, B, C = y.shape
+    start, stop, _ = channels.indices(filter.channels)
+    y = y.to(filter.rho.dtype)
+    if N <= DIRECT_SIDE:
+        window = torch.nn.functional.pad(filter.taps(0, N, channels), (N - 1, 0))
+        out.add_(correlate(window, y))
+        return
+    n = good_size(2 * N - 1)
+    step = max(1, CHUNK_BYTES // (n * B * filter.rho.itemsize))
+    lanes, targets = y.permute(2, 1, 0), out.permute(2, 1, 0)
+    for c in range(0, C, step):
+        piece = slice(c, min(c + step, C))
+        rho = filter.taps(0, N, slice(start + piece.start, min(start + piece.stop, stop)))
+        spectrum = torch.fft.rfft(lanes[piece], n=n).mul_(torch.fft.rfft(rho, n=n)[:, None])
+        targets[piece] += torch.fft.irfft(spectrum, n=n)[..., :N]

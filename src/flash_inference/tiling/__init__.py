@@ -1,0 +1,60 @@
+"""WHEN: which tiles of the triangle of (source, target) pairs may be paid after which position. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from .blocked import Blocked
+from .cost import Cost, cost, fft_price
+from .draw import draw
+from .eager import Eager
+from .epoched import Epoched
+from .laws import Tiling, verify, verify_span
+from .lazy import Lazy
+from .prompted import Prompted
+from .relaxed import Relaxed
+from .separated import Separated
+from .spread import Spread
+from .tile import Clipped, Pair, Parallelogram, Rectangle, Share, Span, Tile
+from .twice_relaxed import TwiceRelaxed
+
+TILINGS: Mapping[str, Callable[..., Tiling]] = MappingProxyType(
+    {
+        "lazy": Lazy,
+        "eager": Eager,
+        "relaxed": Relaxed,
+        "blocked": Blocked,
+        "epoched": Epoched,
+        "separated": Separated,
+        "twice_relaxed": TwiceRelaxed,
+    }
+)
+"""Every tiling by name: a constructor whose first argument is the length."""
+
+__all__ = [
+    "TILINGS",
+    "Blocked",
+    "Clipped",
+    "Cost",
+    "Eager",
+    "Epoched",
+    "Lazy",
+    "Pair",
+    "Parallelogram",
+    "Prompted",
+    "Rectangle",
+    "Relaxed",
+    "Separated",
+    "Share",
+    "Span",
+    "Spread",
+    "Tile",
+    "Tiling",
+    "TwiceRelaxed",
+    "cost",
+    "draw",
+    "fft_price",
+    "verify",
+    "verify_span",
+]
