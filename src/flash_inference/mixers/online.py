@@ -11,7 +11,8 @@ from flash_inference.mixers.stack import Stack
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Separated, Spread, Tiling
 
-NEAR, BLOCK = 64, 32
+BLOCK, EVERY = 64, 256
+SIDE, NEAR_WORK = 4096, 1 << 18
 
 
 class OnlineConvolution:
@@ -95,5 +96,8 @@ class OnlineConvolution:
 
 
 def default_stream_tiling(taps: int, channels: int) -> Tiling:
-    """Separated + Spread, endless, its shares sized so that one is worth a call and none is long."""
-    return Spread(Separated(None, near=NEAR, block=BLOCK, taps=taps), every=NEAR)
+    """Separated + Spread, endless. Tiles without slack may grow until one costs about a millisecond: side * channels is
+    bounded. One channel alone is so little work that only the largest tiles need slack.
+    """
+    near = max(BLOCK, min(SIDE, 1 << max(NEAR_WORK // channels, 1).bit_length() - 1))
+    return Spread(Separated(None, near=near, block=BLOCK, taps=taps), every=min(near, EVERY))

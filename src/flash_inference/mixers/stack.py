@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +38,6 @@ class StackState:
     staged: bool = False
     last_start: int = 0
     pushes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
-    input_rows: list[np.ndarray] = field(default_factory=list, repr=False)
-    partial_rows: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
     def block(self) -> int:
@@ -51,6 +48,12 @@ class StackState:
     def base(self) -> int:
         """The clock of the staged block's first position."""
         return self.clock - (self.clock - self.tiling.origin) % self.block
+
+    def clone(self) -> StackState:
+        """An independent copy; `Stack.bind` makes it ready to step."""
+        with torch.inference_mode(False), torch.no_grad():
+            copies = {name: getattr(self, name).clone() for name in ("start", "history", "inputs", "partial")}
+        return replace(self, **copies, pushes=[])
 
     @property
     def nbytes(self) -> int:
@@ -96,19 +99,17 @@ class Stack:
             inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
         state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
         state.cleared = history.shape[2]
-        self.bind(state)
-        return state
+        return self.bind(state)
 
-    def bind(self, state: StackState) -> None:
-        """Makes the views of the staged block that steps use; inline pairs: row r owes rows r + 1 .. of its block."""
-        if state.inputs.device.type == "cpu":
-            state.input_rows, state.partial_rows = list(state.inputs.numpy()), list(state.partial.numpy())
+    def bind(self, state: StackState) -> StackState:
+        """Makes the views that a block's inline pairs are paid through: row r owes rows r + 1 .. of its block."""
         state.pushes = []
         if state.tiling.block > 1:
             rho = self.filter.near if state.block <= NEAR else self.filter.rho.T
             for r in range(state.block):
                 n = min(state.block - r - 1, self.filter.length - 1)
                 state.pushes.append((state.partial[r + 1 : r + 1 + n], rho[1 : 1 + n, None], state.inputs[r : r + 1]))
+        return state
 
     def rows(self, tiling: Tiling) -> int:
         """Rows of history that a tiling needs: its length, or the ring that holds its reach and a chunk."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flash_inference.mixers.stack import Stack, StackState
-from flash_inference.ops.decode_step import HyenaStep, LayerWeights
-from flash_inference.ops.decode_step.numpy import Scratch
+from flash_inference.ops.decode_step import BoundStep, HyenaStep, LayerWeights
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Rectangle, Share, Tiling
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class ModelState:
     """The past of a batch of sequences: the long convolutions' stack, and the short convolutions' pending sums.
 
-    `short` is [layers, taps - 1, B, (N + 1) D]. `scratch` holds no past.
+    `short` is [layers, taps - 1, B, (N + 1) D]. `step` holds no past: the fused step over this state's memory.
     """
 
     stack: StackState
     short: Tensor
-    scratch: Scratch | None
+    step: BoundStep | None = None
 
     @property
     def clock(self) -> int:
@@ -56,6 +56,8 @@ class Decoder:
         self.stack = Stack(PreparedFilter(rho, spectra_bytes), model.config.width, skip)
         weight = model.head.weight
         self.fused = _fused_step(model, self.stack) if _fusible(weight) else None
+        if self.fused:
+            self._embedding, self._head = model.embedding.weight.detach().numpy(), weight.detach().numpy().T
 
     @property
     def length(self) -> int:
@@ -67,7 +69,20 @@ class Decoder:
         stack = self.stack.init(batch, tiling, dtype=dtype, start=start)
         with torch.inference_mode(False), torch.no_grad():
             short = torch.stack([block.mixer.short.init(batch) for block in self.model.blocks])
-        return ModelState(stack, short, self.fused.scratch(batch) if self.fused else None)
+        return self.bind(ModelState(stack, short))
+
+    def bind(self, state: ModelState) -> ModelState:
+        """The same state, with the fused step over its memory."""
+        stack = state.stack
+        state.step = self.fused.bind(stack.inputs, stack.partial, state.short) if self.fused else None
+        return state
+
+    def clone(self, state: ModelState) -> ModelState:
+        """An independent copy: what is due is paid first, then both go their own ways."""
+        self.settle(state)
+        with torch.inference_mode(False), torch.no_grad():
+            short = state.short.clone()
+        return self.bind(ModelState(self.stack.bind(state.stack.clone()), short))
 
     def due(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
         """The tiles that became payable with the last position."""
@@ -96,8 +111,8 @@ class Decoder:
     def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
         stack, N = state.stack, tokens.shape[1]
         self.stack.begin(stack, N)
-        if stack.staged and self.fused and state.scratch and stack.clock >= stack.last_start:
-            logits = self._step(state, tokens[:, 0])
+        if stack.staged and state.step is not None and stack.clock >= stack.last_start:
+            logits = self._step(state.step, stack, tokens)
             return logits[:, None] if every else logits
         x = self.model.embedding(tokens)
         alive = self.stack.alive(stack, N) if stack.clock < stack.last_start else None
@@ -108,16 +123,13 @@ class Decoder:
         x = x if every else x[:, -1]
         return self.model.head(self.model.norm(x))
 
-    def _step(self, state: ModelState, tokens: Tensor) -> Tensor:
-        stack, scratch, step = state.stack, state.scratch, self.fused
-        assert scratch is not None and step is not None
-        row = stack.clock - stack.base
-        torch.index_select(self.model.embedding.weight, 0, tokens, out=scratch.x.view(len(tokens), -1))
-        short = state.short.numpy()
-        step(scratch, stack.partial_rows[row], stack.input_rows[row], short)
-        step.advance(scratch, short)
+    def _step(self, step: BoundStep, stack: StackState, tokens: Tensor) -> Tensor:
+        np.take(self._embedding, tokens.numpy()[:, 0], axis=0, out=step.x.numpy(), mode="clip")
+        step(stack.clock - stack.base)
         self.stack.commit(stack, 1)
-        return self.model.head(self.model.norm(scratch.x.view(len(tokens), -1)))
+        x, norm = step.x, self.model.norm
+        h = torch.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
+        return torch.from_numpy(np.dot(h.numpy(), self._head))
 
 
 def _fusible(weight: Tensor) -> bool:

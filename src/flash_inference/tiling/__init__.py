@@ -15,6 +15,7 @@ from .lazy import Lazy
 from .prompted import Prompted
 from .relaxed import Relaxed
 from .separated import Separated
+from .spec import describe, rebuild
 from .spread import Spread
 from .tile import Clipped, Pair, Parallelogram, Rectangle, Share, Span, Tile
 from .twice_relaxed import TwiceRelaxed
@@ -53,8 +54,10 @@ __all__ = [
     "Tiling",
     "TwiceRelaxed",
     "cost",
+    "describe",
     "draw",
     "fft_price",
+    "rebuild",
     "verify",
     "verify_span",
 ]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flash_inference.ops.decode_step.numpy import HyenaStep, LayerWeights
+from flash_inference.ops.decode_step.numpy import BoundStep, HyenaStep, LayerWeights
 
-__all__ = ["HyenaStep", "LayerWeights"]
+__all__ = ["BoundStep", "HyenaStep", "LayerWeights"]

@@ -2,7 +2,7 @@
 
 A one-token pass reads every weight once and does little else. numpy's matrix-vector product streams weights about
 1.7 times faster than torch's on the machine measured, and its elementwise calls cost half as much to launch; so the
-step runs on numpy views of the tensors' own memory, into scratch that belongs to the state.
+step runs on numpy views of the tensors' own memory, all of them made once per state.
 """
 
 from __future__ import annotations
@@ -30,89 +30,96 @@ class LayerWeights:
     fc2: tuple[Tensor, Tensor]
 
 
-class Scratch:
-    """Intermediate rows of one state's steps: numpy arrays and the torch views of those that torch computes on."""
-
-    def __init__(self, batch: int, width: int, order: int, inner: int, layers: int, dtype: torch.dtype) -> None:
-        lead = () if batch == 1 else (batch,)
-        with torch.inference_mode(False):
-            self.x = torch.empty(*lead, width, dtype=dtype)
-            self.g = torch.empty(*lead, inner, dtype=dtype)
-            self.u = torch.empty(layers, batch, (order + 1) * width, dtype=dtype)
-        self.xn, self.gn = self.x.numpy(), self.g.numpy()
-        self.un = self.u.numpy().reshape(layers, *lead, (order + 1) * width)
-        self.s = np.empty_like(self.un[0])
-        self.o, self.t = np.empty_like(self.xn), np.empty_like(self.xn)
-
-
 class HyenaStep:
-    """One position through all blocks: x [B, D] in scratch -> x, with the mixers' rows read and written in place.
+    """One position through all blocks of order N. `bind` makes it ready for a state.
 
-    Cost: one pass over the weights, about 30 small calls a layer. float32 and float64.
+    Cost: one pass over the weights, about 25 small calls a layer. float32 and float64.
     """
 
     def __init__(self, layers: list[LayerWeights], order: int, eps: float, diagonal: Tensor) -> None:
         self.order, self.eps = order, eps
         self.width = layers[0].out_proj[0].shape[0]
         self.inner = layers[0].fc1[0].shape[0]
+        self.dtype = layers[0].fc1[0].dtype
         self.norms = [(layer.norm1, layer.norm2) for layer in layers]
         self.matrices = [
-            tuple((w.numpy().T, b.numpy()) for w, b in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2))
+            [(w.numpy().T, b.numpy()) for w, b in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)]
             for layer in layers
         ]
-        self.short_weight = np.stack([layer.short[0].numpy().T for layer in layers])[:, :, None]
+        self.short_weight = np.stack([layer.short[0].numpy().T for layer in layers])
         self.short_bias = np.stack([layer.short[1].numpy() for layer in layers])[:, None]
         self.diagonal = diagonal.numpy()
 
-    def scratch(self, batch: int) -> Scratch:
-        """Fresh intermediate rows for a batch."""
-        dtype = self.norms[0][0][0].dtype
-        return Scratch(batch, self.width, self.order, self.inner, len(self.norms), dtype)
+    def bind(self, inputs: Tensor, partial: Tensor, short: Tensor) -> BoundStep:
+        """The step over one state: staged rows `inputs`, `partial` [block, B, M D] and `short`, read and written in place.
 
-    def __call__(self, scratch: Scratch, partial: Array, inputs: Array, short: Array) -> None:
-        """Runs scratch.x through the blocks. partial, inputs [B, M D]: this position's rows; short: pending sums.
-
-        `short` [layers, taps - 1, B, (N + 1) D] holds what past inputs owe the next positions, bias included.
+        `short` [layers, taps - 1, B, (N + 1) D] holds what past inputs of the short convolutions owe the next
+        positions, bias included.
         """
-        D, N, eps = self.width, self.order, self.eps
-        x, xn, g, gn, s, o, t = scratch.x, scratch.xn, scratch.g, scratch.gn, scratch.s, scratch.o, scratch.t
-        if xn.ndim == 1:
-            partial, inputs, short = partial[0], inputs[0], short[:, :, 0]
-        newest = self.short_weight[:, -1, 0]
-        layer_norm, dot, multiply, add = torch.layer_norm, np.dot, np.multiply, np.add
-        pending = len(short[0])
-        m = 0
-        for layer, ((gamma1, beta1), (gamma2, beta2)) in enumerate(self.norms):
-            (w_in, b_in), (w_out, b_out), (w1, b1), (w2, b2) = self.matrices[layer]
-            u = scratch.un[layer]
-            dot(layer_norm(x, (D,), gamma1, beta1, eps).numpy(), w_in, out=u)
-            add(u, b_in, out=u)
-            multiply(u, newest[layer], out=s)
-            add(s, short[layer, 0] if pending else self.short_bias[layer, 0], out=s)
-            v = s[..., N * D :]
-            for i in range(N - 1, 0, -1):
-                y = inputs[..., m * D : (m + 1) * D]
-                multiply(s[..., i * D : (i + 1) * D], v, out=y)
-                multiply(y, self.diagonal[m * D : (m + 1) * D], out=o)
-                v = add(o, partial[..., m * D : (m + 1) * D], out=o)
-                m += 1
-            multiply(s[..., :D], v, out=o)
-            dot(o, w_out, out=t)
-            add(xn, t, out=xn)
-            add(xn, b_out, out=xn)
-            dot(layer_norm(x, (D,), gamma2, beta2, eps).numpy(), w1, out=gn)
-            add(gn, b1, out=gn)
-            gelu_(g, approximate="tanh")
-            dot(gn, w2, out=t)
-            add(xn, t, out=xn)
-            add(xn, b2, out=xn)
+        return BoundStep(self, inputs.numpy(), partial.numpy(), short.numpy())
 
-    def advance(self, scratch: Scratch, short: Array) -> None:
-        """Moves the short convolutions of all layers on by the inputs that the step left in scratch."""
-        pending = short.shape[1]
-        u = scratch.un.reshape(short.shape[0], *short.shape[2:])
-        for k in range(pending):
-            weight = self.short_weight[:, pending - 1 - k]
-            older = short[:, k + 1] if k + 1 < pending else self.short_bias
-            np.multiply(u, weight, out=short[:, k])
-            short[:, k] += older
+
+class BoundStep:
+    """A HyenaStep over the memory of one state, with scratch of its own. Fill `x` [B, D], call, read `x`."""
+
+    def __init__(self, step: HyenaStep, inputs: Array, partial: Array, short: Array) -> None:
+        D, N, batch, layers = step.width, step.order, inputs.shape[1], len(step.norms)
+        lead = () if batch == 1 else (batch,)
+        with torch.inference_mode(False):
+            self.x = torch.empty(batch, D, dtype=step.dtype)
+            self.flat = self.x.view(*lead, D)
+            self.hidden = torch.empty(*lead, step.inner, dtype=step.dtype)
+        self.step = step
+        self.residual, self.g = self.flat.numpy(), self.hidden.numpy()
+        self.u_all = np.empty((layers, batch, (N + 1) * D), self.g.dtype)
+        self.u = list(self.u_all.reshape(layers, *lead, (N + 1) * D))
+        self.s = np.empty_like(self.u[0])
+        self.o, self.t = np.empty_like(self.residual), np.empty_like(self.residual)
+        self.gates = [self.s[..., i * D : (i + 1) * D] for i in range(N + 1)]
+        M = layers * (N - 1)
+        cuts = [slice(m * D, (m + 1) * D) for m in range(M)]
+        shaped = [a.reshape(len(a), *lead, M * D) for a in (inputs, partial)]
+        self.rows = [[(y[..., c], z[..., c], step.diagonal[c]) for c in cuts] for y, z in zip(*shaped, strict=True)]
+        self.shorts = [short[:, k] for k in range(short.shape[1])]
+        first = self.shorts[0] if self.shorts else np.broadcast_to(step.short_bias, self.u_all.shape)
+        self.pending = list(first.reshape(self.u_all.shape)) if batch > 1 else [row[0] for row in first]
+        weights = step.short_weight
+        self.newest = [weight[-1] for weight in weights]
+        self.older = [weights[:, -2 - k][:, None] for k in range(len(self.shorts))]
+        self.spare = np.empty_like(self.u_all)
+
+    def __call__(self, row: int) -> None:
+        """Runs x through the blocks at the staged position `row`, and moves the short convolutions on."""
+        step = self.step
+        D, N, eps = step.width, step.order, step.eps
+        flat, x, hidden, g, s, o, t = self.flat, self.residual, self.hidden, self.g, self.s, self.o, self.t
+        gates, rows = self.gates, iter(self.rows[row])
+        layer_norm, dot, multiply, add = torch.layer_norm, np.dot, np.multiply, np.add
+        for u, newest, pending, ((gamma1, beta1), (gamma2, beta2)), matrices in zip(
+            self.u, self.newest, self.pending, step.norms, step.matrices, strict=True
+        ):
+            (w_in, b_in), (w_out, b_out), (w1, b1), (w2, b2) = matrices
+            dot(layer_norm(flat, (D,), gamma1, beta1, eps).numpy(), w_in, u)
+            add(u, b_in, u)
+            multiply(u, newest, s)
+            add(s, pending, s)
+            v = gates[N]
+            for i in range(N - 1, 0, -1):
+                y, partial, diagonal = next(rows)
+                multiply(gates[i], v, y)
+                multiply(y, diagonal, o)
+                v = add(o, partial, o)
+            multiply(gates[0], v, o)
+            dot(o, w_out, t)
+            add(t, b_out, t)
+            add(x, t, x)
+            dot(layer_norm(flat, (D,), gamma2, beta2, eps).numpy(), w1, g)
+            add(g, b1, g)
+            gelu_(hidden, approximate="tanh")
+            dot(g, w2, t)
+            add(t, b2, t)
+            add(x, t, x)
+        for k, short in enumerate(self.shorts):
+            older = self.shorts[k + 1] if k + 1 < len(self.shorts) else step.short_bias
+            multiply(self.u_all, self.older[k], self.spare)
+            add(self.spare, older, short)

@@ -1,0 +1,66 @@
+"""Result rows: one JSON object a line, each with the commit, the machine and the versions that made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, object]:
+    """Where a row comes from."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout
+    return {
+        "commit": commit + ("+changes" if dirty.strip() else ""),
+        "date": date.today().isoformat(),
+        "device": cpu_name(),
+        "cores": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(name: str, rows: list[dict[str, object]], folder: Path = RESULTS) -> Path:
+    """Writes the rows of one run to `folder`/`name`.jsonl, in place of an earlier run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = provenance()
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row | origin) + "\n" for row in rows))
+    return path
+
+
+def spread(microseconds: np.ndarray) -> dict[str, float]:
+    """Mean, median, p99, p99.9 and worst of per-step times, rounded to 0.1 us."""
+    q = np.quantile(microseconds, [0.5, 0.99, 0.999, 1])
+    names = ("median_us", "p99_us", "p999_us", "worst_us")
+    return {"us_per_token": round(float(microseconds.mean()), 1)} | {n: round(float(v), 1) for n, v in zip(names, q, strict=True)}
+
+
+def read_bandwidth(nbytes: int = 256 << 20, repeats: int = 7) -> float:
+    """Bytes per second at which the cores read memory: the best of several sums over a large array."""
+    import time
+
+    data = torch.ones(nbytes // 4)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    return nbytes / min(times)

@@ -1,0 +1,113 @@
+"""`flash-inference plan`: the memory and the work of a run, before it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flash_inference.cli.console import Meter, size, write, write_json, write_table
+from flash_inference.cli.options import Json, Model, Tokens
+from flash_inference.cli.tilings import SPREAD, build
+
+if TYPE_CHECKING:
+    from flash_inference.engine.plan import Plan
+    from flash_inference.tiling import Cost, Tiling
+
+COMPARED = ("lazy", "eager", "epoched", "relaxed", "blocked", SPREAD)
+PARTS = ("state", "filters", "spectra", "workspace", "total")
+
+
+def plan(
+    model: Model,
+    tokens: Tokens = 1024,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, the start token among them.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    tiling: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(COMPARED)}, separated. Default: the best for the length."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell the memory and the work of a run, before anything is allocated.
+
+    The memory is by purpose, beside the model's weights. The work is modelled, for every tiling: multiply-adds per
+    channel of the tiles, in all and in the dearest step, a tile being summed directly or by FFT, whichever is less.
+
+    \b
+    Example:
+      flash-inference plan shakespeare --prompt 1000 --tokens 60000 --batch 4
+    """
+    from flash_inference.engine.plan import free_memory, work
+    from flash_inference.engine.plan import plan as memory
+    from flash_inference.engine.prompts import check_room
+    from flash_inference.models.weights import load
+
+    language_model = load(model)
+    check_room(language_model, prompt, tokens)
+    chosen = None if tiling is None else _tiling(tiling, prompt, tokens)
+    planned = memory(language_model, prompt=prompt, max_new_tokens=tokens, batch=batch, tiling=chosen)
+    free = free_memory()
+    costs: dict[str, Cost] = {}
+    with Meter("work", len(COMPARED) * tokens) as meter:
+        for name in COMPARED:
+            meter.label(f"work of {name}")
+            costs[name] = work(_tiling(name, prompt, tokens))
+            meter.add(tokens)
+    if json:
+        write_json(_values(model, planned, free, costs))
+    else:
+        _print(planned, free, costs)
+
+
+def _tiling(name: str, prompt: int, tokens: int) -> Tiling:
+    """The tiling as generation would use it: the last new token is never read."""
+    from flash_inference.engine.decode import BLOCK, EVERY, NEAR
+
+    options: dict[str, Any] = {
+        "blocked": {"block": BLOCK},
+        "separated": {"near": NEAR, "block": BLOCK},
+        SPREAD: {"near": NEAR, "block": BLOCK, "every": EVERY},
+    }.get(name, {})
+    return build(name, prompt + max(tokens - 1, 1), prompt, **options)
+
+
+def _values(model: str, planned: Plan, free: int | None, costs: dict[str, Cost]) -> dict[str, Any]:
+    lazy = costs["lazy"].total
+    return {
+        "model": model,
+        "positions": planned.positions,
+        "batch": planned.batch,
+        "tiling": repr(planned.tiling),
+        "bytes": {part: getattr(planned, part) for part in PARTS},
+        "free": free,
+        "fits": None if free is None else planned.total <= free,
+        "work": {
+            name: {
+                "total": cost.total,
+                "worst": cost.worst,
+                "worst_at": cost.worst_at,
+                "of_lazy": cost.total / (lazy or 1),
+            }
+            for name, cost in costs.items()
+        },
+    }
+
+
+def _print(planned: Plan, free: int | None, costs: dict[str, Cost]) -> None:
+    lazy = costs["lazy"].total or 1
+    write(f"{planned.batch} x {planned.positions:,} positions, {planned.tiling!r}\n\n")
+    rows = [[part, size(getattr(planned, part))] for part in PARTS]
+    rows.append(["free", "unknown" if free is None else size(free)])
+    write_table(["memory", "bytes"], rows)
+    if free is not None and planned.total > free:
+        write("This does not fit.\n")
+    write("\n")
+    write_table(
+        ["work per channel", "total", "of lazy", "dearest step", "after"],
+        [
+            [name, f"{cost.total:,.0f}", f"{cost.total / lazy:.2%}", f"{cost.worst:,.0f}", f"{cost.worst_at:,}"]
+            for name, cost in costs.items()
+        ],
+    )
+    write("\nModelled multiply-adds of the tiles; pairs inside a block, and the prompt's own forward, are not in it.\n")
