@@ -26,7 +26,8 @@ def bench(
     """Answer a question by measurement: run one of the benchmark files.
 
     They stand in the folder benchmarks of a source checkout, each with the question that it answers. Without a
-    question, lists them. Further options go to the benchmark as they are. Its exit code is passed on.
+    question, lists them. Further options go to the benchmark as they are; its exit code is passed on. --json is for
+    the list.
 
     \b
     Examples:
@@ -49,7 +50,7 @@ def bench(
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise CommandError(f"benchmark {question!r} is unknown. {hint}Known: {', '.join(questions) or 'none'}.")
     command = [sys.executable, str(files[name]), *context.args]
-    command += ["--quick"] * quick + (["--out", out] if out else []) + ["--json"] * json
+    command += ["--quick"] * quick + (["--out", out] if out else [])
     with subprocess.Popen(command) as process:
         try:
             code = process.wait()

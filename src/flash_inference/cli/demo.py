@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROWS = "cpu_length.jsonl"
 LONG = 65_536
+DECODERS = ("flash", "lazy", "eager", "epoched", "full")
 CHECKED = 300
 TEMPERATURE, SEED = 0.8, 0
 
@@ -43,8 +44,6 @@ def demo(
     from flash_inference.engine.verify import verify
     from flash_inference.models.weights import load
 
-    if not json:
-        note(f"loading {model} ...")
     language_model = load(model)
     room = language_model.config.length
     prompt = "\n" if language_model.tokens.name == "bytes" else "ACGT"
@@ -134,7 +133,7 @@ def committed(length: int) -> dict[str, Any] | None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = jsonlib.loads(line)
-            if row["length"] == length:
+            if row["length"] == length and row["decoder"] in DECODERS:
                 found[str(row["decoder"])] = float(row["us_per_token"])
         except (ValueError, KeyError, TypeError):
             continue

@@ -275,7 +275,9 @@ class Clock:
         self._last, self._fresh = now, False
 
     def tell(self, more: str) -> None:
-        """The rate, on stderr."""
+        """The rate, on stderr; nothing before the first token."""
+        if not self.tokens:
+            return
         later = self.tokens - self.first
         rate = f", {later / self.stepping:,.0f} tokens/s" if later and self.stepping else ""
         total = self.reading + self.stepping

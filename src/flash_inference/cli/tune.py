@@ -48,10 +48,10 @@ def tune(
       flash-inference tune
       flash-inference tune --show
     """
-    from flash_inference.ops.tile_conv import Choice, measured, table_path
+    from flash_inference.ops.tile_conv import Choice, table_path
 
     if show:
-        _print(measured(), json)
+        _print(Choice.load(), json)
         note(f"in force: {table_path()}" if table_path().exists() else f"built in; {table_path()} does not exist")
         return
     cases = list(_cases(_device(device), quick))

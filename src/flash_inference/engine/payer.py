@@ -13,6 +13,10 @@ from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Rectangle, Share
 
 
+WORTH = 256
+"""Channels times rows from which a share outweighs handing it to another thread."""
+
+
 class Payer:
     """Pays what is due before each step.
 
@@ -25,7 +29,9 @@ class Payer:
 
     def __init__(self, decoder: Decoder, state: ModelState, beside: bool) -> None:
         self.decoder, self.state = decoder, state
-        self.beside = beside and bool(state.stack.tiling.slacks) and state.stack.tiling.length is not None
+        stack = state.stack
+        worth = stack.inputs[0].numel() >= WORTH
+        self.beside = beside and worth and bool(stack.tiling.slacks) and stack.tiling.length is not None
         self.waits = 0
         self._handed: deque[int] = deque()
         self._next_due = -1

@@ -49,7 +49,8 @@ def load_state(decoder: Decoder, path: str | os.PathLike[str]) -> ModelState:
     if head[len(MAGIC) :] != hashlib.sha256(body).hexdigest().encode():
         raise StateError(f"{path} is damaged: its sha256 is not the one written in it. Save the state again.")
     try:
-        tensors = parse_tensors(body)
+        with torch.inference_mode(False):
+            tensors = parse_tensors(body)
         about = json.loads(json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]["about"])
         if about["model"] != fingerprint(decoder):
             raise StateError(f"{path} belongs to another model or other weights; load it with the model that made it.")
