@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from rows import read_bandwidth, spread, write
 from torch import Tensor
 
 from flash_inference.engine.decode import decode, default_tiling
@@ -26,6 +26,7 @@ from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.ops.tile_conv import tile_conv
 from flash_inference.testing import greedy_differences, random_model
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Tiling
+from rows import RESULTS, read_bandwidth, spread, write
 
 WIDTH, LAYERS = 256, 4
 CHECKED = 1024
@@ -205,14 +206,28 @@ def run_length(model: LanguageModel, length: int, bandwidth: float) -> list[dict
 
     def row(decoder: str, numbers: dict[str, float], **more: object) -> None:
         mixing = numbers["us_per_token"] - bare_us
-        rows.append({"question": "cpu_length", "decoder": decoder, "length": length, **numbers, "mixing_us": round(mixing, 1), **more})
+        rows.append(
+            {
+                "question": "cpu_length",
+                "decoder": decoder,
+                "length": length,
+                **numbers,
+                "mixing_us": round(mixing, 1),
+                **more,
+            }
+        )
         print(f"  {decoder:9s} {numbers['us_per_token']:9.1f} us/token, mixing {mixing:8.1f}", file=sys.stderr)
 
     rows.append({"question": "cpu_length", "decoder": "unmixed", "length": length, **spread(bare)})
     decoder = Decoder(model, length)
     times, tokens = timed(decoder, length)
     check(model, "flash", tokens)
-    row("flash", spread(times), tiling=repr(default_tiling(length - 1, 1)), worst_over_median=round(float(times.max() / np.median(times)), 2))
+    row(
+        "flash",
+        spread(times),
+        tiling=repr(default_tiling(length - 1, 1)),
+        worst_over_median=round(float(times.max() / np.median(times)), 2),
+    )
     relaxed: dict[str, Callable[[], Tiling]] = {
         "relaxed": lambda: Prompted(Relaxed(length - 1), 1),
         "blocked": lambda: Prompted(Blocked(length - 1), 1),
@@ -247,12 +262,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--quick", action="store_true", help="short lengths only; the rows are printed, not written")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     args = parser.parse_args(argv)
     lengths = [512, 1024] if args.quick else args.lengths
     torch.manual_seed(0)
     model = random_model(2, vocab_size=256, width=WIDTH, layers=LAYERS, length=max(lengths))
     bandwidth = read_bandwidth()
-    rows: list[dict[str, object]] = [{"question": "cpu_length", "decoder": "limit", "read_GBps": round(bandwidth / 1e9, 1)}]
+    rows: list[dict[str, object]] = [
+        {"question": "cpu_length", "decoder": "limit", "read_GBps": round(bandwidth / 1e9, 1)}
+    ]
     samples = [n for n in (64, 256, 1024, 4096, 16384, 65536) if n <= max(lengths)]
     forwards = [full_recompute(model, n) for n in samples]
     for length in lengths:
@@ -264,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         for each in rows:
             print(each)
     else:
-        print(write("cpu_length", rows))
+        print(write("cpu_length", rows, args.out))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from rows import read_bandwidth, spread, write
 
 from flash_inference import OnlineConvolution
 from flash_inference.ops.causal_conv import causal_conv
 from flash_inference.testing.bounds import FFT_CONSTANT
+from rows import RESULTS, read_bandwidth, spread, write
 
 TAPS = 48_000
 
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pushes", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true", help="2,000 pushes; the rows are printed, not written")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     args = parser.parse_args(argv)
     pushes = 2_000 if args.quick else args.pushes
     torch.manual_seed(0)
@@ -96,14 +98,16 @@ def main(argv: list[str] | None = None) -> None:
         times, out = ours(filter, x)
         share = check(filter, x, out)
         base = {"question": "cpu_online", "taps": TAPS, "channels": channels}
-        rows.append(base | {"method": "flash", "pushes": pushes, "error_share_of_bound": round(share, 4)} | spread(times))
+        rows.append(
+            base | {"method": "flash", "pushes": pushes, "error_share_of_bound": round(share, 4)} | spread(times)
+        )
         rows.append(base | {"method": "direct"} | spread(direct_times(filter)))
         if channels == 1 and (peer := pedalboard_times(filter, x[: min(pushes, 5_000)])) is not None:
             rows.append(base | {"method": "pedalboard", "pushes": len(peer)} | spread(peer))
     for row in rows:
         print(row, file=sys.stderr)
     if not args.quick:
-        print(write("cpu_online", rows))
+        print(write("cpu_online", rows, args.out))
 
 
 if __name__ == "__main__":

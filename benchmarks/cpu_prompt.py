@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from rows import write
 
 from flash_inference.engine.decode import decode
 from flash_inference.models.decoder import Decoder
 from flash_inference.testing import greedy_differences, random_model
+from rows import RESULTS, write
 
 NEW = 256
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 32768])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one short prompt; the rows are printed, not written")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     args = parser.parse_args(argv)
     prompts = [256] if args.quick else args.prompts
     torch.manual_seed(0)
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(rows[-1], file=sys.stderr)
     if not args.quick:
-        print(write("cpu_prompt", rows))
+        print(write("cpu_prompt", rows, args.out))
 
 
 if __name__ == "__main__":

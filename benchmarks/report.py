@@ -19,7 +19,14 @@ NAMES = {
     "full": "full recompute",
     "unmixed": "no mixing at all",
 }
-COLOURS = {"flash": "#d1495b", "epoched": "#66a182", "lazy": "#2e4057", "eager": "#8d96a3", "full": "#edae49", "unmixed": "#bbbbbb"}
+COLOURS = {
+    "flash": "#d1495b",
+    "epoched": "#66a182",
+    "lazy": "#2e4057",
+    "eager": "#8d96a3",
+    "full": "#edae49",
+    "unmixed": "#bbbbbb",
+}
 
 
 def read(name: str) -> list[dict[str, object]]:
@@ -41,18 +48,25 @@ def length_table(rows: list[dict[str, object]]) -> str:
     for label, key in (("lazy / ours, whole decode", "us_per_token"), ("lazy / ours, mixing alone", "mixing_us")):
         cells = [f"**{found['lazy', n][key] / found['flash', n][key]:.1f}x**" for n in lengths]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    cells = [f"{found['flash', n]['worst_us']:,.0f} ({found['flash', n]['worst_over_median']}x median)" for n in lengths]
+    cells = [
+        f"{found['flash', n]['worst_us']:,.0f} ({found['flash', n]['worst_over_median']}x median)" for n in lengths
+    ]
     lines.append("| ours, worst token | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", source(rows, "cpu_length")])
 
 
 def online_table(rows: list[dict[str, object]]) -> str:
     """Microseconds a sample of OnlineConvolution and its baselines."""
-    lines = ["| one sample a push, 48,000 taps | channels | mean us | median | p99.9 | worst |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| one sample a push, 48,000 taps | channels | mean us | median | p99.9 | worst |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         if "channels" in row:
             numbers = " | ".join(f"{row[k]:,.1f}" for k in ("us_per_token", "median_us", "p999_us", "worst_us"))
-            label = {"flash": "`OnlineConvolution`", "direct": "direct dot product"}.get(str(row["method"]), row["method"])
+            label = {"flash": "`OnlineConvolution`", "direct": "direct dot product"}.get(
+                str(row["method"]), row["method"]
+            )
             lines.append(f"| {label} | {row['channels']} | {numbers} |")
     return "\n".join([*lines, "", source(rows, "cpu_online")])
 
@@ -86,7 +100,11 @@ def length_plot(rows: list[dict[str, object]], path: Path) -> None:
     for name, colour in COLOURS.items():
         points = sorted((row["length"], row["us_per_token"]) for row in rows if row["decoder"] == name)
         if points:
-            style = {"linewidth": 2.6} if name == "flash" else {"linewidth": 1.5, "linestyle": "--" if name == "unmixed" else "-"}
+            style = (
+                {"linewidth": 2.6}
+                if name == "flash"
+                else {"linewidth": 1.5, "linestyle": "--" if name == "unmixed" else "-"}
+            )
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=NAMES[name], **style)
     axes.set(xscale="log", yscale="log", xlabel="generated tokens", ylabel="mean microseconds per token")
     axes.set_xscale("log", base=2)

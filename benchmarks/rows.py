@@ -16,7 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, object]:
     """Where a row comes from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout
     return {
         "commit": commit + ("+changes" if dirty.strip() else ""),
@@ -50,7 +52,9 @@ def spread(microseconds: np.ndarray) -> dict[str, float]:
     """Mean, median, p99, p99.9 and worst of per-step times, rounded to 0.1 us."""
     q = np.quantile(microseconds, [0.5, 0.99, 0.999, 1])
     names = ("median_us", "p99_us", "p999_us", "worst_us")
-    return {"us_per_token": round(float(microseconds.mean()), 1)} | {n: round(float(v), 1) for n, v in zip(names, q, strict=True)}
+    return {"us_per_token": round(float(microseconds.mean()), 1)} | {
+        n: round(float(v), 1) for n, v in zip(names, q, strict=True)
+    }
 
 
 def read_bandwidth(nbytes: int = 256 << 20, repeats: int = 7) -> float:

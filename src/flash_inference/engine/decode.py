@@ -33,10 +33,9 @@ def default_tiling(positions: int, prompt: int = 0) -> Tiling:
 
 def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
     """Reads a prompt [B, P], P >= 1, in chunks of bounded memory; returns the last position's logits [B, V]."""
-    pieces = prompt.split(chunk, dim=1)
-    logits = decoder.extend(state, pieces[0])
-    for piece in pieces[1:]:
-        logits = decoder.extend(state, piece)
+    logits = decoder.extend(state, prompt[:, :chunk])
+    for first in range(chunk, prompt.shape[1], chunk):
+        logits = decoder.extend(state, prompt[:, first : first + chunk])
     return logits
 
 
@@ -62,11 +61,11 @@ def decode(
     state = decoder.init(batch, tiling, dtype=dtype)
     logits = prefill(decoder, state, prompt)
     with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
-        for step in range(max_new_tokens):
-            if step:
-                pay()
-                logits = decoder.extend(state, tokens[:, None])  # noqa: F821
-            tokens = choose(logits)
+        tokens = choose(logits)
+        yield tokens
+        for _ in range(max_new_tokens - 1):
+            pay()
+            tokens = choose(decoder.extend(state, tokens[:, None]))
             yield tokens
 
 

@@ -64,7 +64,7 @@ def generate(
     >>> model = flash_inference.load("shakespeare")
     >>> model.tokens.decode(flash_inference.generate(model, "ROMEO.", max_new_tokens=40)[0])
     """
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "allowed": allowed, "seed": seed, "stop_tokens": stop_tokens,
         "stop": stop, "logprobs": logprobs, "tiling": tiling,
@@ -99,8 +99,13 @@ def stream(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, 
     return (step.tokens for step in steps)
 
 
-def stream_steps(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, **settings: Any) -> Iterator[Step]:
-    """As `stream`, but yields `Step`s: tokens, log-probabilities if asked for, and which rows have ended."""
+def stream_steps(
+    model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, first_row: int = 0, **settings: Any
+) -> Iterator[Step]:
+    """As `stream`, but yields `Step`s: tokens, log-probabilities if asked for, and which rows have ended.
+
+    `first_row` numbers the first row among a caller's rows, for their random generators.
+    """
     n = settings.pop("n", 1)
     if n < 1:
         raise SamplingError(f"n is {n}; expected at least 1 sample per prompt.")
@@ -108,7 +113,8 @@ def stream_steps(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens:
     check_room(model, max(len(row) for row in rows), max_new_tokens)
     if len({len(row) for row in rows}) > 1:
         raise TokenError("a stream needs prompts of one length; stream ragged rows one by one, or use generate.")
-    return _steps(model, torch.stack([row for row in rows for _ in range(n)]), max_new_tokens=max_new_tokens, **settings)
+    prompts = torch.stack([row for row in rows for _ in range(n)])
+    return _steps(model, prompts, max_new_tokens=max_new_tokens, first_row=first_row, **settings)
 
 
 def _steps(
@@ -155,11 +161,13 @@ def _steps(
 class Stops:
     """Which rows have ended: by a stop token, or by text that completes a stop string."""
 
-    def __init__(self, model: LanguageModel, rows: int, stop_tokens: Sequence[int] | None, stop: Sequence[str] | str) -> None:
+    def __init__(
+        self, model: LanguageModel, rows: int, stop_tokens: Sequence[int] | None, stop: Sequence[str] | str
+    ) -> None:
         self.pad = model.config.pad_token
         chosen = model.config.stop_tokens if stop_tokens is None else stop_tokens
         self.tokens = torch.tensor([int(token) for token in chosen], dtype=torch.long)
-        for token in self.tokens.tolist():
+        for token in chosen:
             if not 0 <= token < model.config.vocab_size:
                 raise TokenError(
                     f"stop token id {token} is outside the vocabulary; expected 0 .. {model.config.vocab_size - 1}."

@@ -40,7 +40,9 @@ def score_chunks(model: LanguageModel, tokens: Tensor, chunk: int = 4096) -> Ite
         raise LengthError(f"chunk is {chunk}; expected at least 1 position.")
     batch, length = tokens.shape
     if length < 2:
-        raise LengthError(f"{length} token was given; a score needs 2, a first one and one to score. Prepend a start token.")
+        raise LengthError(
+            f"{length} token was given; a score needs 2, a first one and one to score. Prepend a start token."
+        )
     model.check_tokens(tokens)
     check_memory(model, batch, length, 1)
     decoder = model.decoder(length)

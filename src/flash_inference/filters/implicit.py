@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class ImplicitFilter(nn.Module):
         self.channels, self.length, self.modulate, self.shift = channels, length, modulate, shift
         self.bands = (features - 1) // 2
         sizes = [features] + [width] * (inner + 1)
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.linears = cast("list[nn.Linear]", nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes)))
         self.freq = nn.Parameter(torch.full((width,), float(frequency)))
         self.out = nn.Linear(width, channels, bias=False)
         slow, fast = math.log(target) / slow_decay, math.log(target) / fast_decay

@@ -235,9 +235,7 @@ class Stack:
         slot = clock - state.tiling.origin + _lead(state.tiling, state.block)
         return slot if state.tiling.length is not None else slot % state.history.shape[2]
 
-    def _columns(
-        self, state: StackState, positions: range, channels: slice, known: bool
-    ) -> list[tuple[int, Tensor]]:
+    def _columns(self, state: StackState, positions: range, channels: slice, known: bool) -> list[tuple[int, Tensor]]:
         """The state of a range of positions as (offset, [N, B, C] view) pieces: staged block, history, ring ends."""
         pieces, clock, stop = [], positions.start, positions.stop
         rows, base = state.history.shape[2], state.base

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = cast("list[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -46,7 +48,9 @@ class LanguageModel(nn.Module):
     def check_tokens(self, tokens: Tensor) -> None:
         """Raises unless tokens [B, L] are ids of the vocabulary and no more than the filter's length."""
         if tokens.ndim != 2:
-            raise TokenError(f"tokens have shape {tuple(tokens.shape)}; expected [B, L]. Add a batch axis: tokens[None].")
+            raise TokenError(
+                f"tokens have shape {tuple(tokens.shape)}; expected [B, L]. Add a batch axis: tokens[None]."
+            )
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TokenError(f"tokens are {tokens.dtype}; expected integer ids. Convert with tokens.long().")
         bad = (tokens < 0) | (tokens >= self.config.vocab_size)

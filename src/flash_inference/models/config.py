@@ -94,7 +94,9 @@ class HyenaConfig:
         try:
             return cls(filter=FilterConfig(**filter_values), **values)
         except TypeError as error:
-            raise ModelError(f"config does not make a HyenaConfig: {error}. Compare with HyenaConfig's fields.") from None
+            raise ModelError(
+                f"config does not make a HyenaConfig: {error}. Compare with HyenaConfig's fields."
+            ) from None
 
 
 def _check_keys(kind: type, values: dict[str, Any]) -> None:

@@ -64,7 +64,9 @@ class Decoder:
         """Filter taps prepared, hence positions that can be run."""
         return self.stack.filter.length
 
-    def init(self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None) -> ModelState:
+    def init(
+        self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None
+    ) -> ModelState:
         """An empty state; `start` [B] is the clock at which each row begins, `dtype` how the history is stored."""
         stack = self.stack.init(batch, tiling, dtype=dtype, start=start)
         with torch.inference_mode(False), torch.no_grad():
@@ -118,7 +120,9 @@ class Decoder:
         alive = self.stack.alive(stack, N) if stack.clock < stack.last_start else None
         M = self.config.order - 1
         for layer, block in enumerate(self.model.blocks):
-            x = block.extend(x, lambda o, y, first=layer * M: self.stack.mix(stack, first + o, y), state.short[layer], alive)
+            x = block.extend(
+                x, lambda o, y, first=layer * M: self.stack.mix(stack, first + o, y), state.short[layer], alive
+            )
         self.stack.commit(stack, N)
         x = x if every else x[:, -1]
         return self.model.head(self.model.norm(x))

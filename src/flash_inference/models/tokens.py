@@ -24,9 +24,20 @@ class Decoder(Protocol):
 class Table(Protocol):
     """A vocabulary: `letters` are the ids that generation should draw from, None for all of them."""
 
-    name: str
-    vocab_size: int
-    letters: tuple[int, ...] | None
+    @property
+    def name(self) -> str:
+        """The key in TOKENS."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def letters(self) -> tuple[int, ...] | None:
+        """Ids that generation should draw from; None for all."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with no start or stop token added."""

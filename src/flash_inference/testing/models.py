@@ -49,9 +49,9 @@ def random_model(
             normal(module.bias, 0.2)
     for block in model.blocks:
         mixer = block.mixer
-        for linear, gain in ((mixer.in_proj, 1.5), (mixer.out_proj, 2), (block.mlp.fc1, 1.5), (block.mlp.fc2, 2)):
-            normal(linear.weight, gain * linear.in_features**-0.5)
-            normal(linear.bias, 0.5)
+        for linear in (mixer.in_proj, mixer.out_proj, block.mlp.fc1, block.mlp.fc2):
+            normal(linear.weight, 2 * linear.in_features**-0.5)
+            normal(linear.bias, 0.2)
         normal(mixer.short.weight, config.short_taps**-0.5)
         normal(mixer.short.bias, 0.5)
         normal(mixer.skip, 0.5)

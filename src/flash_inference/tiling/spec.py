@@ -19,8 +19,7 @@ from .spread import Spread
 from .twice_relaxed import TwiceRelaxed
 
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (Blocked, Eager, Epoched, Lazy, Prompted, Relaxed, Separated, Spread, TwiceRelaxed)
+    kind.__name__: kind for kind in (Blocked, Eager, Epoched, Lazy, Prompted, Relaxed, Separated, Spread, TwiceRelaxed)
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
-gelu_ = torch._C._nn.gelu_
+gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,9 @@ def tile_conv(
     Cost O(S T) per channel direct, O((S + T) log(S + T)) by FFT. Raises ShapeError.
     """
     if y.ndim != 3 or out.ndim != 3 or y.shape[1:] != out.shape[1:]:
-        raise ShapeError(f"y {tuple(y.shape)} and out {tuple(out.shape)} must be [S, B, C] and [T, B, C] with equal B, C.")
+        raise ShapeError(
+            f"y {tuple(y.shape)} and out {tuple(out.shape)} must be [S, B, C] and [T, B, C] with equal B, C."
+        )
     start, stop, _ = channels.indices(filter.channels)
     if stop - start != y.shape[2]:
         raise ShapeError(f"y has {y.shape[2]} channels; the filter slice {start}:{stop} has {stop - start}.")

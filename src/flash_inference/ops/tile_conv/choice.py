@@ -77,7 +77,9 @@ class Choice:
         """Writes the table as JSON and returns its path."""
         path = path or table_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(m) for m in self.measurements], indent=1) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps([asdict(m) for m in self.measurements], indent=1) + "\n")
+        partial.replace(path)
         return path
 
     @classmethod
@@ -92,4 +94,3 @@ class Choice:
             raise FlashInferenceError(
                 f"the table {path} cannot be read ({error}); delete it, or write it anew with `flash-inference tune`."
             ) from None
-
