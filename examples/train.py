@@ -35,47 +35,67 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.config import HyenaConfig
 from flash_inference.models.tokens import TOKENS
+from flash_inference.models.weights import save
 
 PRETRAINED = Path(__file__).parents[1] / "src" / "flash_inference" / "pretrained"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a training run. The tail of the first source is held out; further sources are training only."""
+    """All that decides a training run. The tail of the first source is held out; further sources are training only.
+
+    `order` is the highest and `usual` the customary order of the Markov bars; the last fields are the card's words.
+    """
 
     name: str
     unit: str
     sources: tuple[str, ...]
     model: HyenaConfig
-    orders: tuple[int, ...]
-    prompt: str
     steps: int
+    prompt: str
+    order: int
+    usual: int
     crop: int = 8192
     full_share: float = 0.5
-    batch_tokens: int = 131_072
-    rate: float = 2e-3
+    batch_tokens: int = 65_536
+    rate: float = 1.5e-3
     floor: float = 0.01
-    warmup: int = 100
+    warmup: int = 200
     decay: float = 0.1
     clip: float = 1.0
     gain: float = 0.05
-    nearest: float = 64.0
-    unit_gates: bool = True
-    residual: float = 0.2
+    nearest: float = 16.0
     reverse_complement: bool = False
     seed: int = 0
+    sample: int = 1500
+    about: str = ""
+    extra: str = ""
+    licence: str = ""
+    limits: str = ""
 
 
 SHAKESPEARE = Recipe(
     name="shakespeare",
     unit="byte",
     sources=("shakespeare",),
-    model=HyenaConfig(256, 256, 4, 65_536, dropout=0.15, filter=FilterConfig(frequency=20.0)),
-    orders=(1, 2, 3, 4, 5, 6, 7),
+    model=HyenaConfig(256, 256, 4, 65_536, dropout=0.2),
+    steps=4000,
+    batch_tokens=32_768,
     prompt="HAMLET.\n",
-    steps=3000,
+    order=7,
+    usual=5,
+    sample=800,
+    about="Writes in the manner of Shakespeare's plays and poems, byte by byte.",
+    licence="""The 42 texts `*_gut.txt` of the Python package `shakespeare` 0.6 (plays and poems in modern spelling),
+joined in name order. The texts are in the public domain; the package's notice puts its content other than code under
+Creative Commons Attribution 2.5, copyright 2005-08 the Open Knowledge Foundation: this is the attribution.
+The held-out slice is The Two Gentlemen of Verona but for its first page, and The Winter's Tale.
+The texts themselves are not shipped.""",
+    limits="""A demonstration: it writes speeches, names and metre, not sense. It knows ASCII text of this kind alone.
+The validation loss is flat over the last third of the run while the training loss falls: the text is small, and more
+passes do not help.""",
 )
 
 TUBERCULOSIS = Recipe(
@@ -84,13 +104,23 @@ TUBERCULOSIS = Recipe(
     sources=("tuberculosis", "leprae"),
     model=HyenaConfig(
         16, 256, 4, 32_768, dropout=0.1, tokens="dna", start_token=2, stop_tokens=(1,), pad_token=4,
-        filter=FilterConfig(frequency=20.0),
     ),
-    orders=(2, 4, 6, 8, 10, 11, 12),
+    steps=3500,
     prompt="",
-    steps=2000,
+    order=12,
+    usual=6,
     reverse_complement=True,
+    about="The genome of Mycobacterium tuberculosis H37Rv, base by base, in HyenaDNA's table of tokens.",
+    extra=" Half of all training sequences, drawn at random, are reverse complements.",
+    licence="""Mycobacterium tuberculosis H37Rv (NC_000962.3), and Mycobacterium leprae TN (NC_002677.1) as further
+training data, from the Debian package `kmer-examples`. Both are RefSeq records:
+NCBI itself places no restrictions on their use or distribution. The held-out slice is the last 5% of H37Rv.""",
+    limits="""DNA is nearly incompressible at this scale: judge what is drawn by its statistics.
+The model is no tool for biology or medicine. It never saw its stop token in training: draw
+from the letters A, C, G, T alone.""",
 )  # fmt: skip
+
+STRENGTHS = (1, 3, 10, 20, 30, 50, 100, 300, 1000)
 
 RECIPES = {recipe.name: recipe for recipe in (SHAKESPEARE, TUBERCULOSIS)}
 
@@ -196,50 +226,40 @@ def train(recipe: Recipe, data: Path, out: Path, device: str, minutes: float, re
     log = load_checkpoint(out, model, optimizer, recipe) if resume else new_log(recipe, device)
     corpus = load_corpus(recipe, data)
     pool, text = corpus.train.to(device), corpus.text.to(device)
-    every = max(recipe.steps // 60, 1)
-    begin, first, total, saved = time.monotonic() - log["seconds"], log["step"], torch.zeros((), device=device), 0.0
-    lap = time.monotonic()
-    for step in range(first, recipe.steps):
-        total += descend(model, optimizer, recipe, pool, step)
-        if (step + 1) % every and step + 1 != recipe.steps:
-            continue
-        count = (step - log["step"]) + 1
-        bits, total = total.item() / count / math.log(2), torch.zeros((), device=device)
-        log |= {"step": step + 1, "seconds": time.monotonic() - begin}
-        speed = count * recipe.batch_tokens / (time.monotonic() - lap)
+    begin, earlier, every = time.monotonic(), log["seconds"], max(recipe.steps // 60, 1)
+    saved = begin
+    while log["step"] < recipe.steps:
+        lap, stop = time.monotonic(), min(log["step"] + every, recipe.steps)
+        losses = [descend(model, optimizer, recipe, pool, step) for step in range(log["step"], stop)]
+        bits = torch.stack(losses).mean().item() / math.log(2)
+        speed = len(losses) / (time.monotonic() - lap)
         valid = score(model, text[: corpus.held], corpus.valid, corpus.held, 0, recipe.crop).mean().item()
-        log["points"].append({"step": step + 1, "seconds": log["seconds"], "train": bits, "valid": valid})
+        now = time.monotonic()
+        log |= {"step": stop, "seconds": earlier + now - begin}
+        log["points"].append({"step": stop, "seconds": log["seconds"], "train": bits, "valid": valid})
         report(recipe, log, speed)
-        late = log["seconds"] > 60 * minutes
-        if late or step + 1 == recipe.steps or log["seconds"] - saved > 60:
-            saved = log["seconds"]
+        late = now - begin > 60 * minutes
+        if late or stop == recipe.steps or now - saved > 60:
             save_checkpoint(out, model, optimizer, log)
+            saved = now
         if late:
             break
-        lap = time.monotonic()
     return log["step"] == recipe.steps
 
 
 def initialise(model: LanguageModel, recipe: Recipe) -> LanguageModel:
-    """Small filters (`gain` x the usual) and windows that fall to 1% within `nearest` .. 1.5 x length taps.
+    """Small filters (`gain` x the usual), and windows that fall to 1% within `nearest` to 1.5 x length taps.
 
-    The usual filters have a norm near 30 at this length, which training does not recover from; and text needs most
-    channels to look close by. Decay rates are spaced evenly in their logarithm, drawn anew for each layer.
+    The usual filters amplify some 30 times at this length, which slows training for hundreds of steps; and sequences
+    need many channels that look close by: the decay rates are spaced evenly in their logarithm.
     """
     with torch.no_grad():
         for block in model.blocks:
-            mixer = block.mixer
-            filters = mixer.filter
-            if recipe.unit_gates:
-                mixer.in_proj.weight.normal_(std=recipe.model.width**-0.5)
-                mixer.short.weight *= 0.5
-                mixer.short.weight[..., -1] += 1
-            for w in (mixer.out_proj.weight, block.mlp.fc2.weight): w *= recipe.residual
+            filters = block.mixer.filter
             filters.out.weight *= recipe.gain
-            if recipe.nearest:
-                slow, fast = filters.deltas[0].abs(), math.log(100) * recipe.model.length / recipe.nearest
-                spread = torch.linspace(0, 1, len(filters.deltas))
-                filters.deltas.copy_(-slow * (fast / slow) ** spread)
+            slow, fast = filters.deltas[0].abs(), math.log(100) * recipe.model.length / recipe.nearest
+            spread = torch.linspace(0, 1, len(filters.deltas))
+            filters.deltas.copy_(-slow * (fast / slow) ** spread)
     return model
 
 
@@ -278,11 +298,22 @@ def rate(recipe: Recipe, step: int) -> float:
     return recipe.rate * (recipe.floor + (1 - recipe.floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
+def length_of(recipe: Recipe, step: int) -> int:
+    """Sequence length of a step: short crops first, the model's full length for the last `full_share` of the steps."""
+    return recipe.crop if step < recipe.steps * (1 - recipe.full_share) else recipe.model.length
+
+
+def tokens_of(recipe: Recipe, step: int) -> int:
+    """Tokens in the batch of a step: `batch_tokens`, but always one whole sequence."""
+    length = length_of(recipe, step)
+    return max(recipe.batch_tokens // length, 1) * length
+
+
 def draw(recipe: Recipe, pool: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Random crops of `pool` as (inputs, targets) [B, L]; the draw depends on seed and step alone, so runs resume."""
-    length = recipe.crop if step < recipe.steps * (1 - recipe.full_share) else recipe.model.length
+    length = length_of(recipe, step)
+    rows = tokens_of(recipe, step) // length
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    rows = max(recipe.batch_tokens // length, 1)
     offsets = torch.randint(len(pool) - length + 1, (rows, 1), generator=generator)
     targets = pool[(offsets + torch.arange(length)).to(pool.device)].long()
     if recipe.reverse_complement:
@@ -302,11 +333,12 @@ def shifted(targets: Tensor, start: int) -> Tensor:
 
 
 def report(recipe: Recipe, log: dict[str, Any], speed: float) -> None:
-    """One line of progress: losses, rate, time left."""
-    point, left = log["points"][-1], (recipe.steps - log["step"]) * recipe.batch_tokens / speed
+    """One line of progress: losses, rate (`speed` in steps/s), time left at that rate."""
+    point, left = log["points"][-1], (recipe.steps - log["step"]) / speed
     print(
         f"{recipe.name} {log['step']}/{recipe.steps}  train {point['train']:.4f}  valid {point['valid']:.4f} "
-        f"bits/{recipe.unit}  {speed / 1e6:.3f} M tokens/s  {left / 60:.1f} min left",
+        f"bits/{recipe.unit}  {speed * tokens_of(recipe, log['step'] - 1) / 1e6:.3f} M tokens/s  "
+        f"{left / 60:.1f} min left",
         flush=True,
     )
 
@@ -400,8 +432,8 @@ def evaluate(recipe: Recipe, data: Path, out: Path, device: str) -> dict[str, An
         "ratio": far / near,
         "sequential_near": whole[(place >= 4096) & (place < 8192)].mean().item(),
         "sequential_far": whole[place >= mid].mean().item(),
-        "markov": {k: markov(corpus.text.numpy(), held, k) for k in recipe.orders},
-        "sample": sample(model, recipe, 1500, seed=1),
+        "markov": markov(corpus.text.numpy(), held, recipe.order),
+        "sample": sample(model, recipe, seed=1),
     }
     if recipe.model.tokens == "dna":
         results |= {"composition": {name: composition(letters) for name, letters in {
@@ -412,21 +444,23 @@ def evaluate(recipe: Recipe, data: Path, out: Path, device: str) -> dict[str, An
     return results
 
 
-def markov(text: np.ndarray, held: int, order: int) -> float:
-    """Bits per token of text[held:] under interpolated counts of text[:held]: the bar that a model must beat.
+def markov(text: np.ndarray, held: int, order: int) -> list[dict[str, float]]:
+    """Bits per token of text[held:] under interpolated counts of text[:held], orders 0 .. `order`: the bars to beat.
 
-    p_k(c | s) = (n(s c) + t(s) p_{k-1}(c | s')) / (n(s) + t(s)), t(s) the number of different successors of s
-    (Witten and Bell), from the uniform p_{-1} up to k = `order`.
+    p_k(c | s) = (n(s c) + a p_{k-1}(c | s')) / (n(s) + a), from the uniform p_{-1}. The strength a is the best of
+    STRENGTHS on text[held:] itself, which favours the bar.
     """
-    p = np.full(len(text) - held, 1 / len(np.unique(text[:held])))
+    p = np.full((len(STRENGTHS), len(text) - held), 1 / len(np.unique(text[:held])))
+    a, bars = np.array(STRENGTHS)[:, None], []
     for k in range(order + 1):
         grams, counts = np.unique(codes(text[:held], k + 1), return_counts=True)
-        states, first, kinds = np.unique(grams // 256, return_index=True, return_counts=True)
+        states, first = np.unique(grams // 256, return_index=True)
         query = codes(text[held - k :], k + 1)
         n = look_up(states, np.add.reduceat(counts, first), query // 256)
-        t, both = look_up(states, kinds, query // 256), look_up(grams, counts, query)
-        p = np.where(n > 0, (both + t * p) / np.maximum(n + t, 1), p)
-    return float(-np.log2(p).mean())
+        p = (look_up(grams, counts, query) + a * p) / (n + a)
+        bits = -np.log2(p).mean(axis=1)
+        bars.append({"order": k, "strength": STRENGTHS[int(bits.argmin())], "bits": float(bits.min())})
+    return bars
 
 
 def codes(tokens: np.ndarray, k: int) -> np.ndarray:
@@ -445,15 +479,15 @@ def look_up(keys: np.ndarray, values: np.ndarray, query: np.ndarray) -> np.ndarr
 
 
 @torch.no_grad()
-def sample(model: LanguageModel, recipe: Recipe, count: int, seed: int, temperature: float = 0.9) -> str:
-    """`count` tokens drawn after the prompt, each from a full forward: slow, and apart from the library's engine."""
+def sample(model: LanguageModel, recipe: Recipe, seed: int, temperature: float = 0.9) -> str:
+    """`recipe.sample` tokens drawn after the prompt, each from a full forward: slow, but without an engine."""
     model.eval()
     device, table = next(model.parameters()).device, TOKENS[recipe.model.tokens]
     generator = torch.Generator(device).manual_seed(seed)
     banned = torch.full((recipe.model.vocab_size,), table.letters is not None, device=device)
     banned[list(table.letters or ())] = False
     tokens = torch.tensor([[recipe.model.start_token, *table.encode(recipe.prompt)]], device=device)
-    for _ in range(count):
+    for _ in range(recipe.sample):
         logits = model(tokens)[0, -1].masked_fill(banned, -math.inf) / temperature
         tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)[None]], dim=1)
     return table.decode(tokens[0, 1:].tolist())
@@ -470,6 +504,160 @@ def composition(letters: str) -> dict[str, float]:
     same = {lag: float((bases[lag:] == bases[:-lag]).mean()) for lag in (2, 3, 4)}
     gc = float(np.isin(bases, list(b"GC")).mean())
     return {"gc": gc, "period3": same[3] - (same[2] + same[4]) / 2}
+
+
+# ---------------------------------------------------------------------------------------------------------- shipping
+
+
+def ship(recipe: Recipe, data: Path, out: Path, folder: Path) -> None:
+    """Write the model folder: config, weights and manifest, then the card and the loss curve beside them."""
+    log, results = (json.loads((out / name).read_text()) for name in ("log.json", "results.json"))
+    model = LanguageModel(dataclasses.replace(recipe.model, dropout=0.0))
+    load_weights(model, out)
+    save(model, folder)
+    draw_curve(recipe, log, folder / "curve.png")
+    record = {"run": {k: v for k, v in log.items() if k != "points"}, "results": results, "points": log["points"]}
+    (folder / "curve.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "README.md").write_text(card(recipe, data, log, results))
+    for path in sorted(folder.iterdir()):
+        print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
+
+
+def draw_curve(recipe: Recipe, log: dict[str, Any], path: Path) -> None:
+    """Training and validation bits against steps, as a small picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [point["step"] for point in log["points"]]
+    for name, label in (("train", "training (with dropout)"), ("valid", "validation")):
+        axes.plot(steps, [point[name] for point in log["points"]], label=label)
+    axes.axvline(recipe.steps * (1 - recipe.full_share), color="gray", lw=0.8, ls=":")
+    axes.set(xlabel="step (dotted: from crops to full length)", ylabel=f"bits/{recipe.unit}", title=recipe.name)
+    axes.set_ylim(top=log["points"][min(3, len(steps) - 1)]["train"])
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def card(recipe: Recipe, data: Path, log: dict[str, Any], results: dict[str, Any]) -> str:
+    """The model card, in Markdown: every number from the recipe, the log and the results."""
+    parts = (
+        card_model(recipe, results),
+        card_quality(recipe, results),
+        card_training(recipe, log, len(load_corpus(recipe, data).train)),
+        card_data(recipe, data),
+        card_sample(recipe, results),
+        f"## Limits\n\n{recipe.limits}",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def card_model(recipe: Recipe, results: dict[str, Any]) -> str:
+    """What it is and how it is loaded."""
+    m = recipe.model
+    return f"""# {recipe.name}
+
+{recipe.about}
+
+```python
+from flash_inference import load
+
+model = load("{recipe.name}")
+```
+
+A Hyena language model: {results["parameters"]:,} parameters in float32.
+Width {m.width}, {m.layers} layers, order {m.order}. Filter length {m.length:,}: the longest sequence that it can run.
+Vocabulary `{m.tokens}` ({m.vocab_size} ids), start token {m.start_token}.
+The window's decay rates are stored, and were not trained: they are spaced evenly in their logarithm,
+from 1% after 1.5 x {m.length:,} taps to 1% after {recipe.nearest:g} taps."""
+
+
+def card_quality(recipe: Recipe, results: dict[str, Any]) -> str:
+    """Held-out bits beside the bars."""
+    unit, length, bars = recipe.unit, recipe.model.length, results["markov"]
+    rows = [(f"**this model, in consecutive windows of {length:,}**", f"**{results['bits']:.4f}**")]
+    for what, bar in (("", bars[recipe.usual]), ("best ", min(bars, key=lambda bar: bar["bits"]))):
+        rows.append(
+            (f"{what}interpolated counts: order {bar['order']}, strength {bar['strength']}", f"{bar['bits']:.4f}")
+        )
+    near, far = "positions 4,096 to 8,191", f"positions {length // 2:,} to {length - 1:,}"
+    rows += [
+        (f"every {unit} of the slice scored at {near}", f"{results['near']:.4f}"),
+        (f"the same {unit}s scored at {far}", f"{results['far']:.4f}"),
+        ("ratio of the last two", f"{results['ratio']:.4f}"),
+        (f"first row, {near} alone", f"{results['sequential_near']:.4f}"),
+        (f"first row, {far} alone: other {unit}s than those", f"{results['sequential_far']:.4f}"),
+    ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"""## Held-out quality
+
+The last 5% ({results["held_out"]:,} {unit}s) was not trained on. Full float32 forward.
+
+| held-out | bits/{unit} |
+|---|---|
+{table}
+
+The counts are of all {unit}s before the slice: p_k(c | s) = (n(s c) + a p_(k-1)(c | s')) / (n(s) + a).
+The strength a is the best on the held-out slice itself, which favours the counts.
+Where every {unit} is scored at given positions, the first windows begin before the slice.
+{composition_table(results)}""".strip()
+
+
+def card_training(recipe: Recipe, log: dict[str, Any], size: int) -> str:
+    """The run, in words; `note` in the log is what a person has to add."""
+    unit, seen = recipe.unit, sum(tokens_of(recipe, step) for step in range(log["step"]))
+    full, model, decay = tokens_of(recipe, recipe.steps), recipe.model, recipe.decay
+    return f"""## Training
+
+`python examples/train.py all {recipe.name}`
+
+One {log["device"]}, {log["seconds"] / 60:.1f} minutes, PyTorch {log["torch"].split("+")[0]}.{log.get("note", "")}
+{log["step"]:,} steps, {seen / 1e6:.0f} M {unit}s: {seen / size:.0f} times the {size:,} {unit}s of training data.
+The first {1 - recipe.full_share:.0%} of the steps saw crops of {recipe.crop:,} ({tokens_of(recipe, 0):,} a step),
+the rest crops of {model.length:,} ({full:,} a step).{recipe.extra}
+AdamW (0.9, 0.98), rate {recipe.rate:g} after {recipe.warmup} steps of warm-up, then a cosine to {recipe.floor:.0%};
+weight decay {decay:g} on matrices, gradient norm at most {recipe.clip:g},
+dropout {model.dropout:g}, seed {recipe.seed};
+filters started at {recipe.gain:g} of their usual size; bfloat16 matrix products, float32 weights and convolutions.
+The weights are those of the last step.
+
+Settings were chosen on the validation slice, the 2% before the held-out slice, which was not trained on.
+`curve.json` holds the run in numbers.
+
+![loss curve](curve.png)"""
+
+
+def card_data(recipe: Recipe, data: Path) -> str:
+    """Where the data comes from, under which terms, and its checksums."""
+    lines = []
+    for source in recipe.sources:
+        content = (data / f"{source}.bin").read_bytes()
+        lines.append(
+            f"- `{source}.bin`: {len(content):,} {recipe.unit}s, sha256 `{hashlib.sha256(content).hexdigest()}`"
+        )
+    return "\n".join(["## Data and licence", "", recipe.licence, "", *lines])
+
+
+def card_sample(recipe: Recipe, results: dict[str, Any]) -> str:
+    """The first text drawn: not chosen among several."""
+    prompt = f" after the prompt `{recipe.prompt.strip()}`" if recipe.prompt else ""
+    return f"## Sample\n\nTemperature 0.9, seed 1{prompt}:\n\n```\n{sample_lines(results['sample'])}\n```"
+
+
+def composition_table(results: dict[str, Any]) -> str:
+    """For DNA, GC share and 3-base periodicity of the slice and of the sample; else nothing."""
+    if "composition" not in results:
+        return ""
+    rows = [f"| {name} | {c['gc']:.3f} | {c['period3']:.3f} |" for name, c in results["composition"].items()]
+    text = "agreement of bases 3 apart, less that of bases 2 and 4 apart"
+    return "\n".join(["", f"| | GC share | {text} |", "|---|---|---|", *rows, ""])
+
+
+def sample_lines(text: str) -> str:
+    """At most 1,500 characters; text without line ends folded at 100."""
+    if "\n" not in text:
+        text = "\n".join(text[i : i + 100] for i in range(0, len(text), 100))
+    return text[:1500].strip()
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -12,7 +12,6 @@ import torch
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Rectangle, Share
 
-
 WORTH = 256
 """Channels times rows from which a share outweighs handing it to another thread."""
 
@@ -63,7 +62,7 @@ class Payer:
         clock = stack.clock
         if stack.paid < clock:
             near: list[Rectangle | Share] = []
-            for tile in self.decoder.due(self.state):
+            for tile in self.decoder.stack.take(stack):
                 whole = tile.tile if isinstance(tile, Share) else tile
                 if self._thread is not None and whole.slack > 0:
                     self._hand(tile, whole.due)
@@ -71,8 +70,7 @@ class Payer:
                     near.append(tile)
             self._settle(clock)
             for tile in near:
-                self.decoder.pay(self.state, tile)
-            stack.paid = clock
+                self.decoder.stack.apply(stack, tile)
 
     def _hand(self, tile: Rectangle | Share, due: int) -> None:
         self._handed.append(due)
@@ -103,7 +101,7 @@ class Payer:
         with torch.no_grad():
             while (tile := self._work.get()) is not None:
                 try:
-                    self.decoder.pay(self.state, tile)
+                    self.decoder.stack.apply(self.state.stack, tile)
                     self._done.put(None)
                 except BaseException as error:
                     self._done.put(error)

@@ -56,8 +56,8 @@ class LongConv(nn.Module):
         return self.stack().due(state)
 
     @torch.no_grad()
-    def pay(self, state: StackState, tile: Rectangle | Share, impl: Impl = Impl.MEASURED) -> None:
-        """Adds what the tile's sources owe its targets."""
+    def pay(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
+        """Pays one of the tiles that `due` told; what is left is paid by the next `extend`."""
         self.stack().pay(state, tile, impl)
 
     def stack(self) -> Stack:

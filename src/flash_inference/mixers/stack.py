@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flash_inference.errors import LengthError, ShapeError
+from flash_inference.errors import LengthError, ShapeError, StateError
 from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, tile_conv, triangle_conv
 from flash_inference.tiling import Rectangle, Share, Tiling
 
@@ -22,7 +22,7 @@ class StackState:
     `history` [M * D, B, rows] is the one buffer: a column holds a position's partial sums until the position is read
     and its inputs afterwards. Time is its contiguous axis, since transforms run along it. The base block around the
     clock is staged time-major in `inputs` and `partial` [block, B, M * D], since steps read and write rows.
-    `clock` counts the positions known; `paid` how many of them have paid their tiles. Row b begins at clock
+    `clock` counts the positions known; `paid` how many of them have paid their tiles, `owed` what the last one still owes. Row b begins at clock
     `start[b]`; inputs before it are zero. A tiling without end uses the rows as a ring: `cleared` is the clock up to
     which rows have been zeroed for use as targets.
     """
@@ -36,6 +36,7 @@ class StackState:
     paid: int = 0
     cleared: int = 0
     staged: bool = False
+    owed: list[Rectangle | Share] | None = None
     last_start: int = 0
     pushes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
 
@@ -53,7 +54,7 @@ class StackState:
         """An independent copy; `Stack.bind` makes it ready to step."""
         with torch.inference_mode(False), torch.no_grad():
             copies = {name: getattr(self, name).clone() for name in ("start", "history", "inputs", "partial")}
-        return replace(self, **copies, pushes=[])
+        return replace(self, **copies, owed=None if self.owed is None else list(self.owed), pushes=[])
 
     @property
     def nbytes(self) -> int:
@@ -148,16 +149,33 @@ class Stack:
         """The tiles that became payable with the last position and are not paid yet."""
         if state.paid == state.clock:
             return ()
-        return tuple(state.tiling.after(state.clock - 1))  # type: ignore[arg-type]
+        if state.owed is None:
+            state.owed = list(state.tiling.after(state.clock - 1))  # type: ignore[arg-type]
+        return tuple(state.owed)
+
+    def pay(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
+        """Pays one of the tiles that `due` told, for all M convolutions. Raises StateError for any other tile."""
+        if tile not in self.due(state):
+            raise StateError(f"{tile} is not due after {state.clock} positions; pay what due() tells, each tile once.")
+        self.apply(state, tile, impl)
+        assert state.owed is not None
+        state.owed.remove(tile)
+        if not state.owed:
+            state.paid, state.owed = state.clock, None
+
+    def take(self, state: StackState) -> tuple[Rectangle | Share, ...]:
+        """All that is due, now the caller's to `apply` before the tiles' targets are read."""
+        tiles = self.due(state)
+        state.paid, state.owed = state.clock, None
+        return tiles
 
     def settle(self, state: StackState) -> None:
         """Pays all that is due."""
-        for tile in self.due(state):
-            self.pay(state, tile)
-        state.paid = state.clock
+        for tile in self.take(state):
+            self.apply(state, tile)
 
-    def pay(self, state: StackState, tile: Rectangle | Share, impl: Impl = Impl.MEASURED) -> None:
-        """Adds what the tile's sources owe its targets, for all M convolutions. The caller keeps `state.paid`."""
+    def apply(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
+        """Adds what a tile's sources owe its targets, for all M convolutions; whether it is due is the caller's concern."""
         channels = slice(None)
         if isinstance(tile, Share):
             part = tile.channels(self.filter.channels)
@@ -185,7 +203,7 @@ class Stack:
             tile = item.tile if isinstance(item, Share) else item
             within = tile.sources.start >= first and tile.targets.stop <= first + block  # type: ignore[union-attr]
             if not (inline and within):
-                self.pay(state, item)  # type: ignore[arg-type]
+                self.apply(state, item)  # type: ignore[arg-type]
 
     def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
         """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""
@@ -224,11 +242,11 @@ class Stack:
             return
         start, stop = state.clock, state.clock + n
         for item in state.tiling.span(start, n).after:
-            self.pay(state, item)  # type: ignore[arg-type]
+            self.apply(state, item)  # type: ignore[arg-type]
         state.clock, state.paid = stop, stop - 1
         if state.tiling.block > 1 and stop > state.tiling.origin and state.base < stop:
             sources = range(max(state.base, start), stop)
-            self.pay(state, Rectangle(sources, range(stop, state.base + state.block)))
+            self.apply(state, Rectangle(sources, range(stop, state.base + state.block)))
         self._clear(state)
 
     def _slot(self, state: StackState, clock: int) -> int:

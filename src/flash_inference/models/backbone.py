@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flash_inference.models.blocks import Block
 from flash_inference.errors import LengthError, ModelError, TokenError
+from flash_inference.models.blocks import Block
 from flash_inference.models.config import HyenaConfig
 from flash_inference.models.decoder import Decoder
 from flash_inference.models.tokens import TOKENS, Table

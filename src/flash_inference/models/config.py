@@ -89,9 +89,9 @@ class HyenaConfig:
         if not isinstance(filter_values, dict):
             raise ModelError(f"config key 'filter' is {type(filter_values).__name__}; expected an object of settings.")
         _check_keys(FilterConfig, filter_values)
-        if "stop_tokens" in values:
-            values["stop_tokens"] = tuple(values["stop_tokens"])
         try:
+            if "stop_tokens" in values:
+                values["stop_tokens"] = tuple(values["stop_tokens"])
             return cls(filter=FilterConfig(**filter_values), **values)
         except TypeError as error:
             raise ModelError(

@@ -74,7 +74,7 @@ def load_folder(
     return model.eval().requires_grad_(False)
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     """Write `model` as a folder that `load_folder` reads: each file is replaced whole, the manifest last.
 
     Tied weights are stored once; what is rebuilt from the config is not stored. Weights that are not finite raise.
@@ -174,7 +174,7 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- config and model
 
 
-def _build(folder: Path, content: bytes) -> nn.Module:
+def _build(folder: Path, content: bytes) -> LanguageModel:
     """The model that config.json describes, on the meta device: shapes without numbers."""
     path = folder / CONFIG
     values = _parse_json(path, content)

@@ -60,7 +60,7 @@ def causal_bound(
     one target have disjoint sources, so their FFT errors add up to at most C eps log2(n) ||y|| ||rho|| sqrt(payments).
     Each payment may round the stored partial sum, each of at most A[t], and storing rounds the inputs once.
     """
-    B, L, C = y.shape
+    _, L, C = y.shape
     skip = torch.zeros(C, dtype=torch.float64) if skip is None else skip.double()
     magnitude = causal_conv_oracle(y.abs(), rho.abs()) + skip.abs() * y.double().abs()
     count = torch.as_tensor(payments, dtype=torch.float64).expand(L)[:, None]

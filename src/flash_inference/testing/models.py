@@ -27,9 +27,9 @@ def random_model(
     """A LanguageModel with random weights, in eval mode with gradients off; `settings` are fields of HyenaConfig.
 
     Biases are non-zero, norms are not the identity and embeddings have unit scale: with default initialisation long
-    greedy runs repeat one token. Filters reach over the whole length with a gain of at most 3, so that the
-    far past counts; sine networks have small weights, since unit-scale ones amplify float32 error to 3e-3. Drawn in float64: the same seed gives
-    the same model in every dtype, rounded.
+    greedy runs repeat one token. Filters reach over the whole length with a gain of at most 3, so that the far past
+    counts; sine networks have small weights, since unit-scale ones amplify float32 error to 3e-3. Drawn in float64:
+    the same seed gives the same model in every dtype, rounded.
     """
     config = dataclasses.replace(CONFIG, order=order, **settings)
     config = config if filter is None else dataclasses.replace(config, filter=filter)

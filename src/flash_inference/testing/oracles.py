@@ -48,7 +48,7 @@ def implicit_filter_oracle(weights: Mapping[str, Tensor], config: Any, n: int) -
 
     `weights` are named as in ImplicitFilter's state dict (linears.i.weight, linears.i.bias, freq, out.weight, deltas);
     `config` has length, filter.features, filter.modulate, filter.shift. For tap k: z = [k / (length - 1),
-    cos(f_b w), -sin(f_b w)] with w = 2 pi k / length and f = linspace(1e-4, bands - 1, bands), bands = (features - 1) / 2;
+    cos(f_b w), -sin(f_b w)] with w = 2 pi k / length, f = linspace(1e-4, bands - 1, bands), bands = (features - 1) / 2;
     h = sin(freq (W h + b)) for each linear; tap = out h, times exp(-|delta| k / (length - 1)) + shift.
     """
     w = {name: _array(tensor) for name, tensor in weights.items()}

@@ -68,7 +68,7 @@ def makers() -> st.SearchStrategy[Make]:
 
 @st.composite
 def tilings(draw: st.DrawFn, length: int | None, taps: int | None = None) -> Tiling:
-    """A tiling of `length` positions (None: endless, needs `taps`), perhaps after a prompt; any kind, any parameters."""
+    """A tiling of `length` positions (None: endless, needs `taps`), perhaps after a prompt: any of `KINDS`."""
     make = draw(makers())
     if length is None or length < 2 or draw(st.booleans()):
         return make(length, taps)

@@ -18,6 +18,7 @@ from .separated import Separated
 from .spec import describe, rebuild
 from .spread import Spread
 from .tile import Clipped, Pair, Parallelogram, Rectangle, Share, Span, Tile
+from .triangle import Triangle
 from .twice_relaxed import TwiceRelaxed
 
 TILINGS: Mapping[str, Callable[..., Tiling]] = MappingProxyType(
@@ -52,6 +53,7 @@ __all__ = [
     "Spread",
     "Tile",
     "Tiling",
+    "Triangle",
     "TwiceRelaxed",
     "cost",
     "describe",

@@ -47,8 +47,10 @@ class Separated(Triangle):
 
     @property
     def cap(self) -> int:
-        """The largest side of the squares; 0 if one block holds the length."""
-        return 0 if self.length is not None and self.length <= self.block else self.near
+        """The largest side of the squares: near, or what the taps need if that is less; 0 if one block holds the length."""
+        if self.length is not None and self.length <= self.block:
+            return 0
+        return self.near if self.taps is None else min(self.near, max(next_power(self.taps), self.block))
 
     @property
     def reach(self) -> tuple[int, int]:

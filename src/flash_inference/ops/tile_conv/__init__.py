@@ -26,7 +26,7 @@ class Impl(StrEnum):
     FFT = "fft"
 
 
-TILE_CONV_IMPLS: dict[Impl, Callable[[Tensor, PreparedFilter, int, Tensor, slice], None]] = {
+TILE_CONV_IMPLS: dict[str, Callable[[Tensor, PreparedFilter, int, Tensor, slice], None]] = {
     Impl.REFERENCE: tile_conv_reference,
     Impl.DIRECT: tile_conv_direct,
     Impl.FFT: tile_conv_fft,
@@ -46,7 +46,7 @@ def tile_conv(
     *,
     out: Tensor,
     channels: slice = slice(None),
-    impl: Impl = Impl.MEASURED,
+    impl: str = Impl.MEASURED,
 ) -> None:
     """Adds into out [T, B, C] what sources y [S, B, C] owe it: out[j] += sum_i y[i] rho[first + (S - 1) + j - i].
 
@@ -66,9 +66,10 @@ def tile_conv(
         raise ShapeError(f"first lag is {first}; expected 0 or more: a tile pays later positions only.")
     if 0 in y.shape or 0 in out.shape or first >= filter.length:
         return
-    if impl is Impl.MEASURED:
-        impl = Impl(measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho))
-    TILE_CONV_IMPLS[impl](y, filter, first, out, channels)
+    name = (
+        measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho) if impl == Impl.MEASURED else impl
+    )
+    TILE_CONV_IMPLS[name](y, filter, first, out, channels)
 
 
 __all__ = [

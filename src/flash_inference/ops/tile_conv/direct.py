@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
+from flash_inference.ops.tile_conv.threads import threads_for
 
 
 def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor, channels: slice) -> None:
@@ -42,4 +43,5 @@ def correlate(window: Tensor, y: Tensor) -> Tensor:
     S, B, C = y.shape
     kernel = y.permute(1, 2, 0).flip(2).reshape(B * C, 1, S)
     lanes = window.expand(B, *window.shape).reshape(1, B * C, -1)
-    return torch.nn.functional.conv1d(lanes, kernel, groups=B * C).view(B, C, -1).permute(2, 0, 1)
+    with threads_for(lanes.numel()):
+        return torch.nn.functional.conv1d(lanes, kernel, groups=B * C).view(B, C, -1).permute(2, 0, 1)

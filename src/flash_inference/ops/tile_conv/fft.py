@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv.filter import PreparedFilter
+from flash_inference.ops.tile_conv.threads import threads_for
 
 CHUNK_BYTES = 1 << 20
 
@@ -25,8 +26,9 @@ def tile_conv_fft(y: Tensor, filter: PreparedFilter, first: int, out: Tensor, ch
     start, stop, _ = channels.indices(filter.channels)
     step = max(1, CHUNK_BYTES // (n * B * filter.rho.itemsize))
     lanes, targets = y.permute(2, 1, 0), out.permute(2, 1, 0)
-    for c in range(0, C, step):
-        piece = slice(c, min(c + step, C))
-        spectrum = torch.fft.rfft(lanes[piece].to(filter.rho.dtype), n=n)
-        spectrum.mul_(filter.spectrum(first, n, slice(start + piece.start, min(start + piece.stop, stop)))[:, None])
-        targets[piece] += torch.fft.irfft(spectrum, n=n)[..., S - 1 : S - 1 + T]
+    with threads_for(C * B * n):
+        for c in range(0, C, step):
+            piece = slice(c, min(c + step, C))
+            spectrum = torch.fft.rfft(lanes[piece].to(filter.rho.dtype), n=n)
+            spectrum.mul_(filter.spectrum(first, n, slice(start + piece.start, min(start + piece.stop, stop)))[:, None])
+            targets[piece] += torch.fft.irfft(spectrum, n=n)[..., S - 1 : S - 1 + T]

@@ -28,6 +28,8 @@ class PreparedFilter:
             rho = rho.detach()
             self.rho = rho.to(rho.dtype if rho.dtype == torch.float64 else torch.float32).clone().contiguous()
             check_finite(self.rho)
+            # Windows decay into subnormal numbers, which are far below any sum's rounding and slow on many processors.
+            self.rho[self.rho.abs() < torch.finfo(self.rho.dtype).tiny] = 0
             self.near = self.rho[:, :NEAR].T.contiguous()
         self.spectra_bytes = max(self.rho.nbytes, 64 << 20) if spectra_bytes is None else spectra_bytes
         self.spectra_used = 0

@@ -9,6 +9,7 @@ from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv.direct import correlate
 from flash_inference.ops.tile_conv.fft import CHUNK_BYTES
 from flash_inference.ops.tile_conv.filter import PreparedFilter
+from flash_inference.ops.tile_conv.threads import threads_for
 
 DIRECT_SIDE = 24
 
@@ -28,8 +29,9 @@ def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: s
     n = good_size(2 * N - 1)
     step = max(1, CHUNK_BYTES // (n * B * filter.rho.itemsize))
     lanes, targets = y.permute(2, 1, 0), out.permute(2, 1, 0)
-    for c in range(0, C, step):
-        piece = slice(c, min(c + step, C))
-        rho = filter.taps(0, N, slice(start + piece.start, min(start + piece.stop, stop)))
-        spectrum = torch.fft.rfft(lanes[piece], n=n).mul_(torch.fft.rfft(rho, n=n)[:, None])
-        targets[piece] += torch.fft.irfft(spectrum, n=n)[..., :N]
+    with threads_for(C * B * n):
+        for c in range(0, C, step):
+            piece = slice(c, min(c + step, C))
+            rho = filter.taps(0, N, slice(start + piece.start, min(start + piece.stop, stop)))
+            spectrum = torch.fft.rfft(lanes[piece], n=n).mul_(torch.fft.rfft(rho, n=n)[:, None])
+            targets[piece] += torch.fft.irfft(spectrum, n=n)[..., :N]

@@ -1,0 +1,75 @@
+"""Every example runs as its first line says, ends well, and says what it should. Those that need a model say so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import pytest
+
+from flash_inference.models.weights import shipped
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SOURCES = EXAMPLES.parent / "src"
+LINES = 60
+
+
+def run(name: str, *arguments: str) -> str:
+    """What the example prints."""
+    paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # One thread: OpenMP threads that spin on busy cores slow small tensors down a hundredfold.
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | ours, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def need(model: str) -> None:
+    if model not in shipped():
+        pytest.skip(f"the example needs the model {model}, which is not shipped")
+
+
+def test_generate() -> None:
+    need("shakespeare")
+    text = run("generate")
+    assert text.startswith("ROMEO.\n")
+    assert re.search(r"^600 characters in \d+\.\d\d s: [\d,]+ a second$", text, re.MULTILINE)
+
+
+def test_score_dna() -> None:
+    need("tuberculosis")
+    text = run("score_dna")
+    bits = {name: float(value) for name, value in re.findall(r"^(\D+?) +(\d\.\d+) bits per base$", text, re.MULTILINE)}
+    assert bits.keys() == {"as sequenced", "reverse complement", "letters shuffled"}
+    assert max(bits["as sequenced"], bits["reverse complement"]) < bits["letters shuffled"]
+
+
+def test_stream_audio(tmp_path: Path) -> None:
+    text = run("stream_audio", str(tmp_path / "out.wav"))
+    with wave.open(str(tmp_path / "out.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 44_100, 441_000)
+    steps = re.search(r"^largest difference to a float64 sum: (\S+) of a 16-bit step$", text, re.MULTILINE)
+    assert steps is not None
+    assert float(steps.group(1)) < 0.5
+
+
+def test_own_tiling() -> None:
+    text = run("own_tiling")
+    assert "both laws hold for 102 lengths" in text
+    assert text.endswith("300 tokens by Ternary equal those by the default tiling: True\n")
+
+
+def test_own_model() -> None:
+    text = run("own_model")
+    assert f"\n{'tile by tile! ' * 6}\n" in text
+    assert text.endswith("every letter is the forward's choice too: True\n")
+
+
+@pytest.mark.parametrize("name", ["generate", "score_dna", "stream_audio", "own_tiling", "own_model"])
+def test_examples_are_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LINES
