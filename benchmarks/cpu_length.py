@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class LazyStack(Stack):
         self.rho = np.ascontiguousarray(self.filter.rho.numpy()[:, ::-1])
         self.pool = ThreadPoolExecutor(torch.get_num_threads())
         edges = np.linspace(0, self.filter.channels, torch.get_num_threads() + 1).astype(int)
-        self.cuts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        self.cuts = [slice(a, b) for a, b in pairwise(edges)]
 
     def begin(self, state: StackState, n: int) -> None:
         t, out = state.clock, state.partial.numpy()[state.clock - state.base, 0]
@@ -277,7 +278,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"length {length:,}", file=sys.stderr)
         rows += run_length(model, length, bandwidth)
         mean = integrate(samples, forwards, length)
-        rows.append({"question": "cpu_length", "decoder": "full", "length": length, "us_per_token": round(mean, 1), "forward_us": round(float(np.interp(length, samples, forwards)), 1)})  # fmt: skip
+        last = float(np.interp(length, samples, forwards))
+        numbers = {"us_per_token": round(mean, 1), "forward_us": round(last, 1)}
+        rows.append({"question": "cpu_length", "decoder": "full", "length": length, **numbers})
     if args.quick:
         for each in rows:
             print(each)

@@ -75,7 +75,8 @@ def prompt_table(rows: list[dict[str, object]]) -> str:
     """Time to the first token beside one full forward."""
     lines = ["| prompt | first token | one full forward | ratio | prefill tokens/s |", "|---:|---:|---:|---:|---:|"]
     for row in rows:
-        lines.append(f"| {row['prompt']:,} | {row['first_token_s']:.3f} s | {row['full_forward_s']:.3f} s | {row['ratio']:.2f} | {row['prefill_tokens_per_s']:,} |")  # fmt: skip
+        seconds = f"{row['first_token_s']:.3f} s | {row['full_forward_s']:.3f} s"
+        lines.append(f"| {row['prompt']:,} | {seconds} | {row['ratio']:.2f} | {row['prefill_tokens_per_s']:,} |")
     return "\n".join([*lines, "", source(rows, "cpu_prompt")])
 
 
@@ -83,8 +84,8 @@ def source(rows: list[dict[str, object]], name: str) -> str:
     """Where the numbers come from."""
     row = rows[-1]
     return (
-        f"Measured at commit {row['commit']} on {row['date']}: {row['device']}, {row['cores']} threads, torch {row['torch']}, "
-        f"numpy {row['numpy']}; rows in `benchmarks/results/{name}.jsonl`, made by `flash-inference bench {name}`."
+        f"Measured at commit {row['commit']} on {row['date']}: {row['device']}, {row['cores']} threads, "
+        f"torch {row['torch']}, numpy {row['numpy']}; rows in `benchmarks/results/{name}.jsonl`, made by `flash-inference bench {name}`."
     )
 
 

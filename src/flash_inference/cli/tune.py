@@ -18,7 +18,7 @@ from flash_inference.cli.options import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flash_inference.ops.tile_conv import Choice, Impl, Measurement, PreparedFilter
+    from flash_inference.ops.tile_conv import Choice, Measurement, PreparedFilter
 
 SIDES = tuple(2**q for q in range(1, 13))
 CHANNELS, ROWS, DTYPES = (64, 256, 1024), (1, 8), ("float32", "float64")
@@ -150,7 +150,7 @@ def _measure(case: Case, seconds: float, wrong: dict[str, str]) -> Iterator[Meas
         )  # fmt: skip
 
 
-def _time(impl: Impl, y: Tensor, prepared: PreparedFilter, out: Tensor, seconds: float) -> float:
+def _time(impl: str, y: Tensor, prepared: PreparedFilter, out: Tensor, seconds: float) -> float:
     """Microseconds of a call: the median of groups of calls that last `seconds` together, and three groups at least."""
     import torch
 
@@ -195,7 +195,7 @@ def _reference(y: Tensor, rho: Tensor) -> Tensor:
     return out
 
 
-def _bound(impl: Impl, y: Tensor, rho: Tensor) -> Tensor:
+def _bound(impl: str, y: Tensor, rho: Tensor) -> Tensor:
     """The largest error that an implementation may make, broadcast against [T, B, C].
 
     Direct: (S + 1) eps sum |y| |rho| per element. Others: 10 eps log2(n) ||y|| ||rho||, the worst case of two

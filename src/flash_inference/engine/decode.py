@@ -20,7 +20,7 @@ Choose = Callable[[Tensor], Tensor]
 
 
 def default_tiling(positions: int, prompt: int = 0) -> Tiling:
-    """The tiling for `positions` new positions after a prompt: Blocked for short runs, Separated + Spread for long ones.
+    """The tiling for `positions` new positions after a prompt: Blocked for short runs, else Separated + Spread.
 
     Long runs never wait for a large tile: those have slack, and are paid in shares.
     """

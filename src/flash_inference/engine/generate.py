@@ -93,7 +93,7 @@ def generate(
 def stream(model: LanguageModel, prompt: Prompt = None, *, max_new_tokens: int, **settings: Any) -> Iterator[Tensor]:
     """Yields tokens [B] as they are made: the columns of what `generate` returns, with the same settings.
 
-    Rows of one length only; what is wrong with the arguments is raised by the call itself. Stopping early loses nothing.
+    Rows of one length only. The call itself raises what is wrong with the arguments. Stopping early loses nothing.
     """
     steps = stream_steps(model, prompt, max_new_tokens=max_new_tokens, **settings)
     return (step.tokens for step in steps)

@@ -22,9 +22,9 @@ class StackState:
     `history` [M * D, B, rows] is the one buffer: a column holds a position's partial sums until the position is read
     and its inputs afterwards. Time is its contiguous axis, since transforms run along it. The base block around the
     clock is staged time-major in `inputs` and `partial` [block, B, M * D], since steps read and write rows.
-    `clock` counts the positions known; `paid` how many of them have paid their tiles, `owed` what the last one still owes. Row b begins at clock
-    `start[b]`; inputs before it are zero. A tiling without end uses the rows as a ring: `cleared` is the clock up to
-    which rows have been zeroed for use as targets.
+    `clock` counts the positions known; `paid` how many of them have paid their tiles, `owed` what the last one still
+    owes. Row b begins at clock `start[b]`; inputs before it are zero. A tiling without end uses the rows as a ring:
+    `cleared` is the clock up to which rows have been zeroed for use as targets.
     """
 
     tiling: Tiling
@@ -149,9 +149,10 @@ class Stack:
         """The tiles that became payable with the last position and are not paid yet."""
         if state.paid == state.clock:
             return ()
-        if state.owed is None:
-            state.owed = list(state.tiling.after(state.clock - 1))  # type: ignore[arg-type]
-        return tuple(state.owed)
+        owed: list[Rectangle | Share]
+        owed = list(state.tiling.after(state.clock - 1)) if state.owed is None else state.owed  # type: ignore[arg-type]
+        state.owed = owed
+        return tuple(owed)
 
     def pay(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
         """Pays one of the tiles that `due` told, for all M convolutions. Raises StateError for any other tile."""
@@ -175,7 +176,7 @@ class Stack:
             self.apply(state, tile)
 
     def apply(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
-        """Adds what a tile's sources owe its targets, for all M convolutions; whether it is due is the caller's concern."""
+        """Adds what a tile's sources owe its targets, for all M convolutions. That it is due is up to the caller."""
         channels = slice(None)
         if isinstance(tile, Share):
             part = tile.channels(self.filter.channels)
@@ -295,7 +296,7 @@ class Stack:
         self._clear(state)
 
     def _clear(self, state: StackState) -> None:
-        """In a ring, zeroes the rows that may become targets before the next call; their old inputs are read no more."""
+        """In a ring, zeroes the rows that may become targets before the next call: their old inputs are dead."""
         if state.tiling.length is not None:
             return
         rows = state.history.shape[2]

@@ -46,16 +46,16 @@ class Hyena(nn.Module):
         return self.out_proj((gates[0] * v).transpose(1, 2))
 
     def extend(self, x: Tensor, mix: Callable[[int, Tensor], Tensor], pending: Tensor, alive: Tensor | None) -> Tensor:
-        """The next positions x [B, N, D] -> [B, N, D]; `mix(o, y)` is long convolution o, `pending` the short one's state.
+        """The next positions x [B, N, D] -> [B, N, D].
 
+        `mix(o, y)` is long convolution o, `pending` the short convolution's state.
         `alive` [B, N] marks the positions at or after each row's start (None: all): what enters the short
         convolution before a start is zeroed, since biases refill padded inputs.
         """
-        D, N = self.width, self.order
         u = self.in_proj(x)
         if alive is not None:
             u = u * alive[..., None].to(u.dtype)
-        *gates, v = self.short.extend(pending, u).split(D, dim=2)
+        *gates, v = self.short.extend(pending, u).split(self.width, dim=2)
         for o, gate in enumerate(reversed(gates[1:])):
             v = mix(o, gate * v)
         return self.out_proj(gates[0] * v)

@@ -38,7 +38,7 @@ def save_state(decoder: Decoder, state: ModelState, path: str | os.PathLike[str]
 
 
 def load_state(decoder: Decoder, path: str | os.PathLike[str]) -> ModelState:
-    """Reads what `save_state` wrote, for the same model. Raises StateError if the file is damaged or another model's."""
+    """Reads what `save_state` wrote. Raises StateError if the file is damaged or belongs to another model."""
     path = Path(path)
     if not path.is_file():
         raise StateError(f"{path} is no file; expected a state that save_state wrote.")

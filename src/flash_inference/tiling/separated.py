@@ -47,7 +47,7 @@ class Separated(Triangle):
 
     @property
     def cap(self) -> int:
-        """The largest side of the squares: near, or what the taps need if that is less; 0 if one block holds the length."""
+        """The largest side of the squares: near, or less where the taps need less; 0 if one block holds the length."""
         if self.length is not None and self.length <= self.block:
             return 0
         return self.near if self.taps is None else min(self.near, max(next_power(self.taps), self.block))

@@ -13,7 +13,7 @@ def causal_conv_reference(y: Tensor, rho: Tensor) -> Tensor:
     """
     y, rho = y.double(), rho.double()
     length, taps = y.shape[-1], rho.shape[-1]
-    z = torch.zeros(torch.broadcast_shapes(y.shape[:-1], rho.shape[:-1]) + (length,), dtype=torch.float64)
+    z = torch.zeros((*torch.broadcast_shapes(y.shape[:-1], rho.shape[:-1]), length), dtype=torch.float64)
     for lag in range(min(length, taps)):
         z[..., lag:] += rho[..., lag, None] * y[..., : length - lag]
     return z

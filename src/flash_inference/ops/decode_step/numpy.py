@@ -51,8 +51,9 @@ class HyenaStep:
         self.diagonal = diagonal.numpy()
 
     def bind(self, inputs: Tensor, partial: Tensor, short: Tensor) -> BoundStep:
-        """The step over one state: staged rows `inputs`, `partial` [block, B, M D] and `short`, read and written in place.
+        """The step over one state, whose tensors are read and written in place.
 
+        `inputs`, `partial` [block, B, M D] are the staged rows.
         `short` [layers, taps - 1, B, (N + 1) D] holds what past inputs of the short convolutions owe the next
         positions, bias included.
         """

@@ -1,4 +1,4 @@
-"""Which implementation is fastest: a measured table, on disk and printable, with built-in values for untuned machines."""
+"""Which implementation is fastest: a measured table, on disk and printable, or built-in values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Choice:
     """The fastest implementation per (side, rows, channels, dtype, device, threads).
 
     `crossover` is the built-in value, used where nothing was measured: the side up to which a square tile is summed
-    directly. Measured entries match dtype, device and threads exactly, and side, rows and channels to the nearest octave.
+    directly. Measured entries match dtype, device and threads exactly; side, rows and channels
+    match to the nearest octave.
     """
 
     crossover = 40
