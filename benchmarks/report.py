@@ -85,7 +85,8 @@ def source(rows: list[dict[str, object]], name: str) -> str:
     row = rows[-1]
     return (
         f"Measured at commit {row['commit']} on {row['date']}: {row['device']}, {row['cores']} threads, "
-        f"torch {row['torch']}, numpy {row['numpy']}; rows in `benchmarks/results/{name}.jsonl`, made by `flash-inference bench {name}`."
+        f"torch {row['torch']}, numpy {row['numpy']}. Rows: `benchmarks/results/{name}.jsonl`, "
+        f"made by `flash-inference bench {name}`."
     )
 
 

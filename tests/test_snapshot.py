@@ -51,7 +51,7 @@ def test_foreign_tiling_is_refused_by_name():
         describe(Mine(8))
 
 
-@pytest.fixture()
+@pytest.fixture
 def running():
     model = random_model(3, length=2200, dtype=torch.float64)
     decoder = model.decoder()
@@ -107,7 +107,7 @@ def test_every_damage_is_a_named_error(running, tmp_path):
         else:
             damaged[draw.randrange(len(damaged) if trial % 4 else 400)] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(StateError, match="damaged|does not begin"):
+        with pytest.raises(StateError, match=r"damaged|does not begin"):
             load_state(decoder, path)
 
 

@@ -1,0 +1,93 @@
+"""What importing costs: optional parts stay optional, and tilings know integers only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_inference
+
+PACKAGE = Path(flash_inference.__file__).parent
+OPTIONAL = {"matplotlib", "typer", "rich", "hypothesis", "triton", "transformers", "fastapi", "pytest", "scipy"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after a statement, beyond those that torch itself brings."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    return {name.split(".")[0] for name in json.loads(out.stdout.splitlines()[-1])}
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+
+@pytest.fixture(scope="module")
+def torchs_own() -> set[str]:
+    return loaded_by("import torch, numpy, safetensors")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import flash_inference",
+        "import flash_inference.tiling",
+        "import flash_inference; flash_inference.generate, flash_inference.load, flash_inference.score",
+        "import flash_inference.engine.plan",
+    ],
+)
+def test_optional_parts_stay_optional(statement: str, torchs_own: set[str]) -> None:
+    assert not (loaded_by(statement) - torchs_own) & OPTIONAL
+
+
+def test_testing_needs_no_hypothesis_but_for_its_strategies(torchs_own: set[str]) -> None:
+    assert "hypothesis" not in loaded_by("import flash_inference.testing") - torchs_own
+    assert "hypothesis" in loaded_by("import flash_inference.testing.strategies")
+
+
+def test_strategies_without_hypothesis_say_what_to_install() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; import flash_inference.testing.strategies"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert out.returncode
+    assert "needs hypothesis: pip install hypothesis" in out.stderr
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, relative ones as their names in the package."""
+    names: set[str] = set()
+    package = ".".join(("flash_inference", *path.relative_to(PACKAGE).parts[:-1]))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            names.add(".".join(part for part in (parent, node.module or "") if part))
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "tiling").rglob("*.py")), ids=lambda path: path.stem)
+def test_tilings_import_the_standard_library_and_errors_only(path: Path) -> None:
+    for name in imported(path):
+        ours = name.startswith("flash_inference.tiling") or name == "flash_inference.errors"
+        typing_only = name == "_typeshed"
+        assert ours or typing_only or name.split(".")[0] in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_testing_imports_hypothesis_and_nothing_imports_testing(path: Path) -> None:
+    names = imported(path)
+    inside = path.is_relative_to(PACKAGE / "testing")
+    assert inside or not any(name.split(".")[0] in ("hypothesis", "pytest") for name in names)
+    assert inside or path.is_relative_to(PACKAGE / "cli") or not any("flash_inference.testing" in n for n in names)
+
+
+def test_public_names_exist() -> None:
+    for name in flash_inference.__all__:
+        assert getattr(flash_inference, name) is not None
