@@ -68,7 +68,7 @@ BAD = {
         [[1, 2], [3, 256]],
         OPTIONS,
         TokenError,
-        r"token id 256 at row 1, position 1 is outside the vocab; expected 0 \.\. 255\. Was the text encoded",
+        r"token id 256 at row 1, position 1 is outside the vocabulary; expected 0 \.\. 255\. Was the text encoded",
     ),
     "id-negative": Bad([[7, -1]], OPTIONS, TokenError, r"token id -1 at row 0, position 1 is outside the vocab"),
     "id-in-tensor": Bad(

@@ -63,8 +63,8 @@ def measured(width: int, layers: int, length: int, prompt: int, steps: int) -> d
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "layers", "length", "prompt", "steps"),
-    [(64, 2, 65_536, 60_000, 300), (256, 4, 65_536, 60_000, 20)],
-    ids=["D64-2-layers", "D256-4-layers"],
+    [(64, 2, 65_536, 60_000, 5_536), (64, 2, 65_536, 1, 65_535), (256, 4, 65_536, 1, 65_535)],
+    ids=["D64-2-layers-after-a-long-prompt", "D64-2-layers", "D256-4-layers"],
 )
 def test_a_run_takes_what_its_plan_says(width: int, layers: int, length: int, prompt: int, steps: int) -> None:
     got = measured(width, layers, length, prompt, steps)

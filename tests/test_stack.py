@@ -29,9 +29,9 @@ class Counted(Stack):
         self.targets: Counter[int] = Counter()
         self.opened = 0
 
-    def pay(self, state: StackState, tile: object, impl: Impl = Impl.MEASURED) -> None:
+    def apply(self, state: StackState, tile: object, impl: Impl = Impl.MEASURED, **how: bool) -> None:
         self.targets.update(tile.tile.targets if isinstance(tile, Share) else tile.targets)
-        super().pay(state, tile, impl)
+        super().apply(state, tile, impl, **how)
 
     def begin(self, state: StackState, n: int) -> None:
         self.opened += 1
@@ -49,7 +49,6 @@ def run(stack: Stack, state: StackState, y: Tensor, sizes: list[int], impl: Impl
             if impl is not None:
                 for tile in stack.due(state):
                     stack.pay(state, tile, impl)
-                state.paid = state.clock
             stack.begin(state, size)
             piece = y[:, at : at + size]
             outputs.append(
@@ -219,7 +218,6 @@ def test_long_conv_extends_as_it_forwards(data: st.DataObject) -> None:
         at += n
         for tile in conv.due(state) if data.draw(st.booleans(), "pay at once") and at < length else ():
             conv.pay(state, tile)
-            state.paid = state.clock
     rho = conv.filter.taps(130).detach()
     skip = None if conv.skip is None else conv.skip.detach()
     exact = causal_conv_oracle(y, rho) + (0 if skip is None else skip * y)

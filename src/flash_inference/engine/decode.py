@@ -14,7 +14,7 @@ from flash_inference.tiling import Blocked, Prompted, Separated, Spread, Tiling
 
 LONG_RUN = 1024
 NEAR, BLOCK, EVERY = 64, 32, 64
-PREFILL_CHUNK = 16_384
+PREFILL_CHUNK = 4096
 
 Choose = Callable[[Tensor], Tensor]
 

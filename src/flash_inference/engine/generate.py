@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_inference.engine.decode import decode
 from flash_inference.engine.plan import check_memory
-from flash_inference.engine.prompts import Prompt, as_rows, check_room
+from flash_inference.engine.prompts import Prompt, as_rows, check_room, check_tiling
 from flash_inference.engine.sampling import Sampler, Sampling
 from flash_inference.errors import SamplingError, TokenError
 from flash_inference.models.backbone import LanguageModel
@@ -134,6 +134,7 @@ def _steps(
     sampling = Sampling(allowed=None if allowed is None else tuple(int(token) for token in allowed), **settings)
     sampler = Sampler(sampling, prompt.shape[0], model.config.vocab_size, seen=prompt, first_row=first_row)
     stops = Stops(model, prompt.shape[0], stop_tokens, stop)
+    check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
     check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
     decoder = model.decoder(prompt.shape[1] + max_new_tokens)
 

@@ -22,15 +22,21 @@ class Payer:
     With `beside`, tiles that have slack go to one worker thread, and a step waits only for those whose first target
     it is about to read: on two cores the far past costs the steps almost nothing. This is exact whatever the timing:
     a share writes only rows that no step reads or adds to before the share is due, and shares run in the order they
-    were handed over, so that sums are always formed in one order. Rings pay at once, since their rows are reused.
+    were handed over, so that sums are always formed in one order. Rings pay at once, since their rows are reused; so
+    do tilings with a slack below the staged block, whose rows are being moved.
     `waits` counts the steps that had to wait.
     """
 
     def __init__(self, decoder: Decoder, state: ModelState, beside: bool) -> None:
         self.decoder, self.state = decoder, state
         stack = state.stack
-        worth = stack.inputs[0].numel() >= WORTH
-        self.beside = beside and worth and bool(stack.tiling.slacks) and stack.tiling.length is not None
+        self.beside = (
+            beside
+            and stack.tiling.length is not None
+            and bool(stack.tiling.slacks)
+            and min(stack.tiling.slacks) >= stack.block
+            and stack.inputs[0].numel() >= WORTH
+        )
         self.waits = 0
         self._handed: deque[int] = deque()
         self._next_due = -1
@@ -101,7 +107,7 @@ class Payer:
         with torch.no_grad():
             while (tile := self._work.get()) is not None:
                 try:
-                    self.decoder.stack.apply(self.state.stack, tile)
+                    self.decoder.stack.apply(self.state.stack, tile, staged=False)
                     self._done.put(None)
                 except BaseException as error:
                     self._done.put(error)

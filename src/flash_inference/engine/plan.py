@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash_inference.engine.decode import default_tiling
+import torch
+
+from flash_inference.engine.decode import PREFILL_CHUNK, default_tiling
 from flash_inference.errors import PlanError
 from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.config import HyenaConfig
 from flash_inference.ops.causal_conv import good_size
-from flash_inference.tiling import Cost, Rectangle, Share, Tile, Tiling, cost
+from flash_inference.ops.tile_conv import Choice, Impl
+from flash_inference.tiling import Cost, Prompted, Rectangle, Spread, Tile, Tiling, cost
 
-WORKSPACE = 64 << 20
-DIRECT = 32
+WORKSPACE = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,16 @@ def plan(
     state = size * (batch * channels * (rows + 2 * block) + short)
     filters = size * channels * (length + min(length, 256))
     budget = max(size * channels * length, 64 << 20)
-    spectra = min(budget, _spectra(tiling, channels, size))
-    widest = max(config.mlp_width * 2, (config.order + 1) * config.width * 2, config.vocab_size)
-    workspace = WORKSPACE + size * batch * min(prompt, 16_384) * widest
+    spectra = _spectra(tiling, length, channels, size, budget)
+    workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * _activations(config)
     return Plan(length, batch, tiling, state, filters, spectra, workspace)
+
+
+def _activations(config: HyenaConfig) -> int:
+    """Numbers per position of a chunk that live at once: the wider of the Hyena operator's and the MLP's peaks."""
+    mixer = 4 * (config.order + 1) * config.width + 4 * config.width
+    mlp = 2 * config.mlp_width + 3 * config.width
+    return max(mixer, mlp)
 
 
 def work(tiling: Tiling) -> Cost:
@@ -69,7 +79,7 @@ def tile_work(tile: Tile) -> float:
     """Multiply-adds per channel of one tile, by the cheaper of direct sum and FFT."""
     if not isinstance(tile, Rectangle):
         return float(tile.area)
-    n = good_size(len(tile.sources) + len(tile.targets) - 1)
+    n = points(tile)
     return min(float(tile.area), 2.5 * n * max(n.bit_length() - 1, 1))
 
 
@@ -78,16 +88,20 @@ def check_memory(
 ) -> None:
     """Raises PlanError if the plan exceeds the memory that is free, saying what would fit."""
     free = free_memory()
-    if free is None:
+
+    def needed(positions: int) -> int:
+        before = min(prompt, max(positions - 1, 1))
+        new = max(positions - before, 1)
+        same = positions == prompt + max_new_tokens
+        return plan(model, prompt=before, max_new_tokens=new, batch=batch, tiling=tiling if same else None).total
+
+    asked = prompt + max_new_tokens
+    if free is None or needed(asked) <= free:
         return
-    needed = plan(model, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch, tiling=tiling).total
-    if needed <= free:
-        return
-    per_position = (needed - WORKSPACE) / (prompt + max_new_tokens)
-    fits = max(int((free - WORKSPACE) / per_position), 0)
+    fits = bisect_right(range(asked), free, key=needed) - 1
     raise PlanError(
-        f"the run needs {needed / 2**30:.2f} GiB for {batch} x {prompt + max_new_tokens} positions; "
-        f"{free / 2**30:.2f} GiB are free. About {fits} positions would fit, or a smaller batch; "
+        f"the run needs {needed(asked) / 2**30:.2f} GiB for {batch} x {asked} positions; "
+        f"{free / 2**30:.2f} GiB are free. About {max(fits, 0)} positions would fit, or a smaller batch; "
         "`flash-inference plan` shows where the bytes go."
     )
 
@@ -104,16 +118,31 @@ def free_memory() -> int | None:
     return None
 
 
-def _spectra(tiling: Tiling, channels: int, size: int) -> int:
-    """Bytes of the spectra of every tile that falls due at the first few multiples of each power of two."""
-    length = tiling.length or 0
-    sizes: set[int] = set()
-    step = 1
+def _spectra(tiling: Tiling, taps: int, channels: int, size: int, budget: int) -> int:
+    """Bytes of the spectra that are stored: regular tiles', in the order of their first use, within a budget."""
+    while isinstance(tiling, Prompted | Spread):
+        tiling = tiling.tiling
+    first_use: dict[tuple[int, int], int] = {}
+    length, step = tiling.length or 2 * taps, 1
     while step < length:
         for n in range(step, min(5 * step, length), step):
-            for tile in tiling.after(n - 1 + tiling.origin if n + tiling.origin <= length else n - 1):
-                whole = tile.tile if isinstance(tile, Share) else tile
-                if isinstance(whole, Rectangle) and min(len(whole.sources), len(whole.targets)) > DIRECT:
-                    sizes.add(good_size(len(whole.sources) + len(whole.targets) - 1))
+            for tile in tiling.after(n - 1):
+                if isinstance(tile, Rectangle) and by_fft(tile):
+                    key = (tile.targets.start - tile.sources.stop + 1, points(tile))
+                    first_use[key] = min(n, first_use.get(key, n))
         step *= 2
-    return sum(channels * (n + 2) * size for n in sizes)
+    used = 0
+    for _, n in sorted(first_use, key=lambda key: first_use[key]):
+        bytes_needed = channels * (n + 2) * size
+        used += bytes_needed if used + bytes_needed <= budget else 0
+    return used
+
+
+def by_fft(tile: Rectangle) -> bool:
+    """Whether the built-in choice pays the tile by FFT."""
+    return Choice().pick(len(tile.sources), len(tile.targets), 1, 1, torch.empty(0)) == Impl.FFT
+
+
+def points(tile: Rectangle) -> int:
+    """Points of the circle that the tile is paid on."""
+    return good_size(len(tile.sources) + len(tile.targets) - 1)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import LengthError, ShapeError, TokenError
+from flash_inference.mixers.stack import check_tiling as pays_every_lag
 from flash_inference.models.backbone import LanguageModel
+from flash_inference.tiling import Tiling
 
 Prompt = Tensor | str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | None
 
@@ -23,9 +25,7 @@ def as_rows(model: LanguageModel, prompt: Prompt) -> list[Tensor]:
     rows = [_as_row(model, row) for row in _rows(prompt)]
     if not rows:
         raise ShapeError("the prompt has no rows; expected at least one. Pass None, or [[]], to start from nothing.")
-    for row in rows:
-        model.check_tokens(row[None])
-    return rows
+    return [model.check_tokens(row[None], first_row=index)[0] for index, row in enumerate(rows)]
 
 
 def _rows(prompt: Any) -> list[Any]:
@@ -56,6 +56,18 @@ def _as_row(model: LanguageModel, row: Any) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TokenError(f"a prompt row is not a list of integer ids ({error}). Encode text first.") from None
     return tokens if tokens.numel() else torch.tensor([start])
+
+
+def check_tiling(tiling: Tiling | None, positions: int) -> None:
+    """Raises LengthError or TilingError unless a tiling that the caller gave covers the run."""
+    if tiling is None:
+        return
+    if tiling.length is not None and tiling.length < positions:
+        raise LengthError(
+            f"{tiling!r} covers {tiling.length} positions; prompt and new tokens take {positions}, the last one aside. "
+            f"Build it for {positions}."
+        )
+    pays_every_lag(tiling, positions)
 
 
 def check_room(model: LanguageModel, longest: int, max_new_tokens: int) -> None:

@@ -43,7 +43,7 @@ def score_chunks(model: LanguageModel, tokens: Tensor, chunk: int = 4096) -> Ite
         raise LengthError(
             f"{length} token was given; a score needs 2, a first one and one to score. Prepend a start token."
         )
-    model.check_tokens(tokens)
+    tokens = model.check_tokens(tokens)
     check_memory(model, batch, length, 1)
     decoder = model.decoder(length)
     state = decoder.init(batch, Blocked(length))
@@ -51,7 +51,9 @@ def score_chunks(model: LanguageModel, tokens: Tensor, chunk: int = 4096) -> Ite
         last = min(first + chunk, length - 1)
         logits = decoder.extend(state, tokens[:, first:last], every=True)
         if not torch.isfinite(logits).all():
-            place = first + int((~torch.isfinite(logits)).any(-1).any(0).nonzero()[0])
-            raise NumericsError(f"the logits at position {place} are not finite. Check the weights and the filter.")
+            raise NumericsError(
+                f"the logits within positions {first} .. {last - 1} are not finite. Check the weights and the filter; "
+                "chunk=1 finds the position."
+            )
         chances = logits.log_softmax(-1)
         yield chances.gather(-1, tokens[:, first + 1 : last + 1, None])[..., 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -76,6 +78,8 @@ class OnlineConvolution:
 
     def _one(self, x: Tensor) -> Tensor:
         stack, state = self._stack, self._state
+        if not math.isfinite(float(x.sum())):
+            check_samples(x)
         stack.begin(state, 1)
         inputs, partial = self._rows[state.clock - state.base]
         out = torch.addcmul(partial, self._diagonal, x)
@@ -85,14 +89,24 @@ class OnlineConvolution:
 
     def _many(self, x: Tensor) -> Tensor:
         stack, state, outputs, done = self._stack, self._state, [x[:0]], 0
-        if not torch.isfinite(x).all():
-            raise NumericsError("the block holds NaN or infinity, which would spread over all later outputs. Clean it.")
+        check_samples(x)
         for size in stack.pieces(state, x.shape[0]):
             stack.begin(state, size)
             outputs.append(stack.mix(state, 0, x[None, done : done + size])[0])
             stack.commit(state, size)
             done += size
         return torch.cat(outputs)
+
+
+def check_samples(x: Tensor) -> None:
+    """Raises NumericsError if a sample is NaN or infinite: it would spread over all later outputs."""
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        n, c = (int(i) for i in bad.nonzero()[0])
+        raise NumericsError(
+            f"sample {n} of the block, channel {c}, is {float(x[n, c])}, which would spread over all later outputs; "
+            "expected finite numbers. Clean the input."
+        )
 
 
 def default_stream_tiling(taps: int, channels: int) -> Tiling:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flash_inference.errors import LengthError, ShapeError, StateError
+from flash_inference.errors import LengthError, ShapeError, StateError, TilingError
 from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, tile_conv, triangle_conv
-from flash_inference.tiling import Rectangle, Share, Tiling
+from flash_inference.tiling import Parallelogram, Rectangle, Share, Tiling
 
 STAGE = 32
 CHUNK = 4096
@@ -73,7 +73,7 @@ class Stack:
     def __init__(self, filter: PreparedFilter, width: int, skip: Tensor | None = None) -> None:
         if filter.channels % width:
             raise ShapeError(f"the filter has {filter.channels} channels; expected a multiple of the width {width}.")
-        self.filter, self.width = filter, width
+        self.filter, self.width, self.passing = filter, width, filter.passing()
         with torch.inference_mode(False), torch.no_grad():
             zero = torch.zeros_like(filter.rho[:, 0])
             self.skip = zero if skip is None else skip.detach().to(zero).clone()
@@ -92,6 +92,7 @@ class Stack:
         `dtype` is how the history is stored (default: the filter's); the staged block and all sums keep the filter's.
         `start` [B] is the clock at which each row begins (default 0).
         """
+        check_tiling(tiling, self.filter.length)
         C, rho = self.filter.channels, self.filter.rho
         block = tiling.block if tiling.block > 1 else STAGE
         with torch.inference_mode(False):
@@ -151,7 +152,10 @@ class Stack:
             return ()
         owed: list[Rectangle | Share]
         owed = list(state.tiling.after(state.clock - 1)) if state.owed is None else state.owed  # type: ignore[arg-type]
-        state.owed = owed
+        if owed:
+            state.owed = owed
+        else:
+            state.paid, state.owed = state.clock, None
         return tuple(owed)
 
     def pay(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
@@ -175,8 +179,21 @@ class Stack:
         for tile in self.take(state):
             self.apply(state, tile)
 
-    def apply(self, state: StackState, tile: Rectangle | Share, impl: str = Impl.MEASURED) -> None:
-        """Adds what a tile's sources owe its targets, for all M convolutions. That it is due is up to the caller."""
+    def apply(
+        self,
+        state: StackState,
+        tile: Rectangle | Share,
+        impl: str = Impl.MEASURED,
+        *,
+        store: bool = True,
+        staged: bool = True,
+    ) -> None:
+        """Adds what a tile's sources owe its targets, for all M convolutions. That it is due is up to the caller.
+
+        `store` keeps the spectra made, for shapes that come again (a prompt's rectangle never does). Without
+        `staged`, sources and targets are known to lie outside the staged block, and nothing that a step changes is
+        looked at: another thread may call.
+        """
         channels = slice(None)
         if isinstance(tile, Share):
             part = tile.channels(self.filter.channels)
@@ -184,10 +201,13 @@ class Stack:
                 return
             channels, tile = slice(part.start, part.stop), tile.tile
         newest, oldest = tile.sources.stop - 1, tile.targets.start
-        for s, y in self._columns(state, tile.sources, channels, known=True):
-            for t, out in self._columns(state, tile.targets, channels, known=False):
+        staged = staged and state.staged
+        store = store and tile.sources.start >= state.tiling.origin
+        filter = self.filter if store else self.passing
+        for s, y in self._columns(state, tile.sources, channels, state.inputs if staged else None):
+            for t, out in self._columns(state, tile.targets, channels, state.partial if staged else None):
                 first = (oldest - newest) + t + (len(tile.sources) - s - y.shape[0])
-                tile_conv(y, self.filter, first, out=out, channels=channels, impl=impl)
+                tile_conv(y, filter, first, out=out, channels=channels, impl=impl)
 
     def begin(self, state: StackState, n: int) -> None:
         """Makes the next n positions readable: pays what is due, and what earlier sources owe inside a chunk."""
@@ -204,7 +224,7 @@ class Stack:
             tile = item.tile if isinstance(item, Share) else item
             within = tile.sources.start >= first and tile.targets.stop <= first + block  # type: ignore[union-attr]
             if not (inline and within):
-                self.apply(state, item)  # type: ignore[arg-type]
+                self.apply(state, item, store=False)  # type: ignore[arg-type]
 
     def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
         """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""
@@ -219,12 +239,13 @@ class Stack:
             return z[:, None].to(y.dtype)
         slot = self._slot(state, state.clock)
         column = state.history[lanes, :, slot : slot + N]
+        dtype = y.dtype
         y = y.permute(2, 0, 1).to(self.filter.rho.dtype).contiguous()
         z = column.to(self.filter.rho.dtype, copy=True)
         triangle_conv(y.permute(2, 1, 0), self.filter, out=z.permute(2, 1, 0), channels=lanes)
         z.addcmul_(self.skip[lanes, None, None], y)
         column.copy_(y)
-        return z.permute(1, 2, 0)
+        return z.permute(1, 2, 0).to(dtype)
 
     def alive(self, state: StackState, n: int) -> Tensor:
         """[B, n]: whether each of the next n positions has begun, by the rows' starts."""
@@ -243,29 +264,30 @@ class Stack:
             return
         start, stop = state.clock, state.clock + n
         for item in state.tiling.span(start, n).after:
-            self.apply(state, item)  # type: ignore[arg-type]
+            self.apply(state, item, store=False)  # type: ignore[arg-type]
         state.clock, state.paid = stop, stop - 1
         if state.tiling.block > 1 and stop > state.tiling.origin and state.base < stop:
             sources = range(max(state.base, start), stop)
-            self.apply(state, Rectangle(sources, range(stop, state.base + state.block)))
+            self.apply(state, Rectangle(sources, range(stop, state.base + state.block)), store=False)
         self._clear(state)
 
     def _slot(self, state: StackState, clock: int) -> int:
         slot = clock - state.tiling.origin + _lead(state.tiling, state.block)
         return slot if state.tiling.length is not None else slot % state.history.shape[2]
 
-    def _columns(self, state: StackState, positions: range, channels: slice, known: bool) -> list[tuple[int, Tensor]]:
-        """The state of a range of positions as (offset, [N, B, C] view) pieces: staged block, history, ring ends."""
+    def _columns(
+        self, state: StackState, positions: range, channels: slice, block: Tensor | None
+    ) -> list[tuple[int, Tensor]]:
+        """The state of a range of positions as (offset, [N, B, C] view) pieces: staged `block`, history, ring ends."""
         pieces, clock, stop = [], positions.start, positions.stop
-        rows, base = state.history.shape[2], state.base
+        rows, base = state.history.shape[2], stop if block is None else state.base
         while clock < stop:
-            if state.staged and base <= clock < base + state.block:
-                end = min(stop, base + state.block)
-                block = state.inputs if known else state.partial
+            if block is not None and base <= clock < base + len(block):
+                end = min(stop, base + len(block))
                 view = block[clock - base : end - base, :, channels]
             else:
                 slot = self._slot(state, clock)
-                end = min(stop, clock + rows - slot, base if state.staged and clock < base else stop)
+                end = min(stop, clock + rows - slot, base if clock < base else stop)
                 view = state.history[channels, :, slot : slot + end - clock].permute(2, 1, 0)
             pieces.append((clock - positions.start, view))
             clock = end
@@ -306,6 +328,21 @@ class Stack:
             end = min(until, state.cleared + rows - slot)
             state.history[:, :, slot : slot + end - state.cleared] = 0
             state.cleared = end
+
+
+def check_tiling(tiling: Tiling, taps: int) -> None:
+    """Raises TilingError unless the tiling pays every lag of a filter of `taps` taps, by rectangles."""
+    needed = taps if tiling.length is None else min(taps, tiling.length)
+    if tiling.taps is not None and tiling.taps < needed:
+        raise TilingError(
+            f"{tiling!r} pays lags below {tiling.taps}; {needed} taps are needed here. Build it with taps={needed}."
+        )
+    some = 4 if tiling.length is None else min(4, tiling.length)
+    if any(isinstance(tile, Parallelogram) for t in range(some) for tile in tiling.after(t)):
+        raise TilingError(
+            f"{tiling!r} has parallelograms, for filters that become known with the sequence; this filter is known "
+            "beforehand. Use Relaxed, Blocked or Separated."
+        )
 
 
 def _round_up(n: int, block: int) -> int:

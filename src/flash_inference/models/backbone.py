@@ -39,32 +39,34 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The full forward: tokens [B, L] -> logits [B, L, V], each position from itself and its past."""
-        self.check_tokens(tokens)
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embedding(self.check_tokens(tokens)))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
 
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raises unless tokens [B, L] are ids of the vocabulary and no more than the filter's length."""
+    def check_tokens(self, tokens: Tensor, first_row: int = 0) -> Tensor:
+        """tokens [B, L] as int64. Raises unless they are ids of the vocabulary and no more than the filter's length."""
         if tokens.ndim != 2:
             raise TokenError(
                 f"tokens have shape {tuple(tokens.shape)}; expected [B, L]. Add a batch axis: tokens[None]."
             )
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TokenError(f"tokens are {tokens.dtype}; expected integer ids. Convert with tokens.long().")
+        tokens = tokens.long()
         bad = (tokens < 0) | (tokens >= self.config.vocab_size)
         if bad.any():
             row, place = (int(i) for i in bad.nonzero()[0])
             raise TokenError(
-                f"token id {int(tokens[row, place])} at row {row}, position {place} is outside the vocabulary; "
-                f"expected 0 .. {self.config.vocab_size - 1}. Was the text encoded with this model's tokens?"
+                f"token id {int(tokens[row, place])} at row {first_row + row}, position {place} is outside the "
+                f"vocabulary; expected 0 .. {self.config.vocab_size - 1}. "
+                "Was the text encoded with this model's tokens?"
             )
         if tokens.shape[1] > self.config.length:
             raise LengthError(
                 f"{tokens.shape[1]} positions were given; the filter has {self.config.length} taps, the longest "
                 "sequence this model can run. Shorten the input, or train with a longer filter."
             )
+        return tokens
 
     def decoder(self, length: int | None = None) -> Decoder:
         """This model made ready to decode `length` positions (default: all its filter allows).

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flash_inference.filters import ExplicitFilter, ImplicitFilter
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.ops.decode_step import BoundStep, HyenaStep, LayerWeights
 from flash_inference.ops.tile_conv import PreparedFilter
@@ -16,6 +17,9 @@ from flash_inference.tiling import Rectangle, Share, Tiling
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
+
+
+PIECE = 1024
 
 
 @dataclass(slots=True)
@@ -50,10 +54,9 @@ class Decoder:
     def __init__(self, model: LanguageModel, length: int, *, spectra_bytes: int | None = None) -> None:
         self.model, self.config = model, model.config
         with torch.inference_mode(False), torch.no_grad():
-            mixers = [block.mixer for block in model.blocks]
-            rho = torch.cat([mixer.filter.taps(length) for mixer in mixers])
-            skip = torch.cat([mixer.skip for mixer in mixers])
-        self.stack = Stack(PreparedFilter(rho, spectra_bytes), model.config.width, skip)
+            skip = torch.cat([block.mixer.skip for block in model.blocks])
+            rho = _evaluate([block.mixer.filter for block in model.blocks], length)
+        self.stack = Stack(PreparedFilter(rho, spectra_bytes, own=True), model.config.width, skip)
         weight = model.head.weight
         self.fused = _fused_step(model, self.stack) if _fusible(weight) else None
         if self.fused:
@@ -134,6 +137,20 @@ class Decoder:
         x, norm = step.x, self.model.norm
         h = torch.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
         return torch.from_numpy(np.dot(h.numpy(), self._head))
+
+
+def _evaluate(filters: list[ImplicitFilter | ExplicitFilter], length: int) -> Tensor:
+    """The taps of all filters under one another, [channels, length]: evaluated in pieces that need little room."""
+    first = filters[0].taps(1)
+    dtype = first.dtype if first.dtype == torch.float64 else torch.float32
+    rho = torch.empty(sum(filter.channels for filter in filters), length, dtype=dtype, device=first.device)
+    row = 0
+    for filter in filters:
+        for start in range(0, length, PIECE):
+            n = min(PIECE, length - start)
+            rho[row : row + filter.channels, start : start + n] = filter.taps(n, start)
+        row += filter.channels
+    return rho
 
 
 def _fusible(weight: Tensor) -> bool:

@@ -66,10 +66,9 @@ def tile_conv(
         raise ShapeError(f"first lag is {first}; expected 0 or more: a tile pays later positions only.")
     if 0 in y.shape or 0 in out.shape or first >= filter.length:
         return
-    name = (
-        measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho) if impl == Impl.MEASURED else impl
-    )
-    TILE_CONV_IMPLS[name](y, filter, first, out, channels)
+    if impl == Impl.MEASURED:
+        impl = measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho)
+    TILE_CONV_IMPLS[impl](y, filter, first, out, channels)
 
 
 __all__ = [
