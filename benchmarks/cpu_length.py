@@ -1,9 +1,9 @@
 """What does a token cost on a CPU as the sequence grows: ours, lazy, eager, epoched, full recompute?
 
 Order-2 Hyena, D = 256, 4 layers, batch 1, float32, greedy, random weights. Every decoder first has to give the tokens
-of the full forward. Ours, Relaxed and epoched are real runs; lazy and eager are whole steps timed at sampled positions
-with a full state, integrated over the length. "Mixing" is a decoder's mean minus that of the same decode with mixing
-removed. All rows come from one session.
+of the full forward. Ours, Relaxed, Blocked and epoched are real runs; lazy and eager are whole steps timed at many
+positions with a full state, integrated over the length. All take turns of a few hundred tokens, in one session.
+"Mixing" is a decoder's mean minus that of the same decode with mixing removed.
 """
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flash_inference.engine.decode import decode, default_tiling
+from flash_inference.engine.decode import decode
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.models.decoder import Decoder
 from flash_inference.ops.tile_conv import tile_conv
 from flash_inference.testing import greedy_differences, random_model
-from flash_inference.tiling import Blocked, Prompted, Relaxed, Tiling
+from flash_inference.tiling import Blocked, Relaxed, Tiling
 from rows import RESULTS, read_bandwidth, spread, write
 
 WIDTH, LAYERS = 256, 4
 CHECKED = 1024
-SAMPLES = 12
 START = torch.zeros(1, 1, dtype=torch.long)
 
 
@@ -92,8 +89,9 @@ class EpochedStack(LazyStack):
         t, out = state.clock, state.partial.numpy()[state.clock - state.base, 0]
         state.staged, state.paid = True, t
         r = t % self.epoch
-        if r == 0 and t:
+        if r == 0:
             self.filled[:] = 0
+        if r == 0 and t:
             lanes = torch.from_numpy(self.filled)[:, None].permute(2, 1, 0)
             tile_conv(torch.from_numpy(self.past)[:, None, :t].permute(2, 1, 0), self.filter, 1, out=lanes)
         self.dot(t - r, t, out)
@@ -122,18 +120,54 @@ class EagerStack(Stack):
 BASELINES: dict[str, type[Stack]] = {"lazy": LazyStack, "eager": EagerStack, "epoched": EpochedStack}
 
 
-def timed(decoder: Decoder, length: int, tiling: Tiling | None = None) -> tuple[np.ndarray, Tensor]:
-    """A real greedy run of `length` new tokens: microseconds of each, and the tokens."""
-    times, tokens = np.empty(length), torch.empty(length, dtype=torch.long)
-    run = decode(decoder, START, lambda logits: logits.argmax(-1), max_new_tokens=length, tiling=tiling)
-    last = time.perf_counter()
-    for i in range(length):
-        tokens[i] = next(run)[0]
-        now = time.perf_counter()
-        times[i], last = (now - last) * 1e6, now
-        progress(i + 1, length)
-    run.close()
-    return times, tokens
+class Run:
+    """A real greedy run, advanced in pieces: microseconds of every token but the first, which allocates the state."""
+
+    def __init__(self, decoder: Decoder, length: int, tiling: Tiling | None = None) -> None:
+        self.tokens: list[int] = []
+        self.seconds: list[float] = []
+        choose = lambda logits: logits.argmax(-1)  # noqa: E731
+        self.steps = decode(decoder, START, choose, max_new_tokens=length, tiling=tiling)
+        self.tokens.append(int(next(self.steps)))
+
+    def advance(self, n: int) -> None:
+        """Makes up to n more tokens."""
+        last = time.perf_counter()
+        for token in islice(self.steps, n):
+            now = time.perf_counter()
+            self.seconds.append(now - last)
+            self.tokens.append(int(token))
+            last = time.perf_counter()
+
+    @property
+    def microseconds(self) -> np.ndarray:
+        """Of each token."""
+        return np.array(self.seconds) * 1e6
+
+
+class Sampled:
+    """A decoder whose whole step is timed at positions that it does not have to walk to, its state full of noise."""
+
+    def __init__(self, decoder: Decoder, length: int) -> None:
+        self.decoder, self.state = decoder, decoder.init(1, Blocked(length))
+        self.positions: list[int] = []
+        self.microseconds: list[float] = []
+        for cache in (getattr(decoder.stack, "past", None), getattr(decoder.stack, "sums", None)):
+            if isinstance(cache, np.ndarray):
+                cache[:] = np.random.default_rng(0).standard_normal(cache.shape, np.float32) / 100
+            elif cache is not None:
+                cache.normal_().div_(100)
+
+    def sample(self, t: int, repeats: int = 3) -> None:
+        """Times the step that reads position t: the median of a few."""
+        times = []
+        for _ in range(repeats):
+            self.state.stack.clock = t
+            start = time.perf_counter()
+            self.decoder.extend(self.state, START).argmax(-1)
+            times.append((time.perf_counter() - start) * 1e6)
+        self.positions.append(t)
+        self.microseconds.append(float(np.median(times)))
 
 
 def with_stack(model: LanguageModel, length: int, kind: type[Stack]) -> Decoder:
@@ -146,45 +180,26 @@ def with_stack(model: LanguageModel, length: int, kind: type[Stack]) -> Decoder:
     return decoder
 
 
-def steps_at(decoder: Decoder, positions: list[int], length: int, repeats: int = 5) -> list[float]:
-    """Median microseconds of a whole step (choose, extend) at each position, the state full of random numbers."""
-    stack = decoder.stack
-    state = decoder.init(1, Blocked(length))
-    for cache in (getattr(stack, "past", None), getattr(stack, "sums", None)):
-        if isinstance(cache, np.ndarray):
-            cache[:] = np.random.default_rng(0).standard_normal(cache.shape, np.float32) / 100
-        elif cache is not None:
-            cache.normal_().div_(100)
-    return [float(np.median([one_step(decoder, state, t) for _ in range(repeats)])) for t in positions]
-
-
-def one_step(decoder: Decoder, state: ModelState, t: int) -> float:
-    """Microseconds of the step that reads position t."""
-    state.stack.clock = t
-    start = time.perf_counter()
-    decoder.extend(state, START).argmax(-1)
-    return (time.perf_counter() - start) * 1e6
-
-
 def integrate(positions: list[int], values: list[float], length: int) -> float:
     """Mean over 0 .. length - 1 of the piecewise linear curve through the samples."""
     grid = np.arange(length)
     return float(np.interp(grid, positions, values).mean())
 
 
-def check(model: LanguageModel, name: str, tokens: Tensor) -> None:
+def check(model: LanguageModel, name: str, tokens: list[int]) -> None:
     """Ends the benchmark unless the tokens are those of the full forward (ties as defined in testing.ties aside)."""
-    wrong, ties = greedy_differences(model, START, tokens[None])
+    wrong, ties = greedy_differences(model, START, torch.tensor([tokens]))
     if wrong:
         sys.exit(f"{name}: {len(wrong)} tokens differ from the full forward, the first at {wrong[0]}; nothing timed.")
     if ties:
         print(f"{name}: ties {ties}", file=sys.stderr)
 
 
-def progress(done: int, total: int) -> None:
-    """A line on stderr, now and then."""
-    if done % 4096 == 0 or done == total:
-        print(f"\r  {done:,} / {total:,} tokens", end="" if done < total else "\n", file=sys.stderr, flush=True)
+def first_tokens(decoder: Decoder, length: int, count: int) -> list[int]:
+    """The first tokens that a baseline decoder makes."""
+    run = Run(decoder, length, Blocked(length))
+    run.advance(count - 1)
+    return run.tokens
 
 
 def full_recompute(model: LanguageModel, length: int) -> float:
@@ -200,61 +215,56 @@ def full_recompute(model: LanguageModel, length: int) -> float:
 
 
 def run_length(model: LanguageModel, length: int, bandwidth: float) -> list[dict[str, object]]:
-    """All decoders at one length."""
-    rows: list[dict[str, object]] = []
-    bare, _ = timed(with_stack(model, length, Unmixed), length)
-    bare_us = float(bare.mean())
-
-    def row(decoder: str, numbers: dict[str, float], **more: object) -> None:
-        mixing = numbers["us_per_token"] - bare_us
-        rows.append(
-            {
-                "question": "cpu_length",
-                "decoder": decoder,
-                "length": length,
-                **numbers,
-                "mixing_us": round(mixing, 1),
-                **more,
-            }
-        )
-        print(f"  {decoder:9s} {numbers['us_per_token']:9.1f} us/token, mixing {mixing:8.1f}", file=sys.stderr)
-
-    rows.append({"question": "cpu_length", "decoder": "unmixed", "length": length, **spread(bare)})
-    decoder = Decoder(model, length)
-    times, tokens = timed(decoder, length)
-    check(model, "flash", tokens)
-    row(
-        "flash",
-        spread(times),
-        tiling=repr(default_tiling(length - 1, 1)),
-        worst_over_median=round(float(times.max() / np.median(times)), 2),
-    )
-    relaxed: dict[str, Callable[[], Tiling]] = {
-        "relaxed": lambda: Prompted(Relaxed(length - 1), 1),
-        "blocked": lambda: Prompted(Blocked(length - 1), 1),
+    """All decoders at one length, in turns of a few hundred tokens: what the machine does meanwhile meets all alike."""
+    ours = Decoder(model, length)
+    baselines = {name: with_stack(model, length, kind) for name, kind in BASELINES.items()}
+    for name, baseline in baselines.items():
+        check(model, name, first_tokens(baseline, length, min(CHECKED, length)))
+    runs = {
+        "unmixed": Run(with_stack(model, length, Unmixed), length),
+        "flash": Run(ours, length),
+        "relaxed": Run(ours, length, Relaxed(length)),
+        "blocked": Run(ours, length, Blocked(length)),
+        "epoched": Run(baselines["epoched"], length, Blocked(length)),
     }
-    for name, make in relaxed.items():
-        times, tokens = timed(decoder, length, make())
-        check(model, name, tokens[:CHECKED])
-        row(name, spread(times), tiling=repr(make()))
-    del decoder
-    positions = [int(p) for p in np.linspace(1, length - 1, SAMPLES)]
-    for name in ("lazy", "eager"):
-        baseline = with_stack(model, length, BASELINES[name])
-        check(model, name, timed(baseline, min(CHECKED, length), Blocked(length))[1])
-        steps = steps_at(baseline, positions, length)
-        mean = integrate(positions, steps, length)
-        more: dict[str, object] = {"positions": positions, "steps_us": [round(s, 1) for s in steps]}
+    sampled = {name: Sampled(baselines[name], length) for name in ("lazy", "eager")}
+    turn, started = max(64, length // 128), time.perf_counter()
+    for first in range(0, length, turn):
+        for run in runs.values():
+            run.advance(turn)
+        for each in sampled.values():
+            each.sample(min(first + turn // 2, length - 1))
+        left = (time.perf_counter() - started) * (length - first - turn) / (first + turn)
+        print(f"\r  {first + turn:,} / {length:,} tokens, {left:,.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    for name in ("flash", "relaxed", "blocked"):
+        check(model, name, runs[name].tokens)
+    check(model, "epoched", runs["epoched"].tokens[:CHECKED])
+
+    bare = float(runs["unmixed"].microseconds.mean())
+    rows: list[dict[str, object]] = []
+    for name, run in runs.items():
+        numbers = spread(run.microseconds)
+        more: dict[str, object] = {"worst_over_median": round(numbers["worst_us"] / numbers["median_us"], 2)}
+        if name != "unmixed":
+            more["mixing_us"] = round(numbers["us_per_token"] - bare, 1)
+        rows.append({"question": "cpu_length", "decoder": name, "length": length, **numbers, **more})
+    for name, each in sampled.items():
+        mean = integrate(each.positions, each.microseconds, length)
+        more = {"mixing_us": round(mean - bare, 1), "sampled_positions": len(each.positions)}
         if name == "lazy":
-            middle = steps_at(baseline, [length // 2], length, 9)[0] - bare_us
-            rate = 2 * WIDTH * LAYERS * 4 * (length // 2) / middle * 1e6
-            more |= {"read_share_at_half": round(rate / bandwidth, 2), "read_GBps": round(rate / 1e9, 1)}
-        row(name, {"us_per_token": round(mean, 1)}, **more)
-        del baseline
-    epoched = with_stack(model, length, EpochedStack)
-    times, tokens = timed(epoched, length, Blocked(length))
-    check(model, "epoched", tokens[:CHECKED])
-    row("epoched", spread(times), epoch=epoched.stack.epoch)
+            middle = np.abs(np.array(each.positions) - length / 2).argsort()[:9]
+            seconds = (float(np.median(np.array(each.microseconds)[middle])) - bare) / 1e6
+            rate = 2 * 4 * WIDTH * LAYERS * (length / 2) / seconds
+            more |= {"read_GBps_at_half": round(rate / 1e9, 1), "share_of_read_bandwidth": round(rate / bandwidth, 2)}
+        rows.append(
+            {"question": "cpu_length", "decoder": name, "length": length, "us_per_token": round(mean, 1), **more}
+        )
+    for row in rows:
+        print(
+            f"  {row['decoder']:9s} {row['us_per_token']:9.1f} us, mixing {row.get('mixing_us', 0):8.1f}",
+            file=sys.stderr,
+        )
     return rows
 
 
@@ -276,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     forwards = [full_recompute(model, n) for n in samples]
     for length in lengths:
         print(f"length {length:,}", file=sys.stderr)
-        rows += run_length(model, length, bandwidth)
+        rows += run_length(model, length, max(bandwidth, read_bandwidth()))
         mean = integrate(samples, forwards, length)
         last = float(np.interp(length, samples, forwards))
         numbers = {"us_per_token": round(mean, 1), "forward_us": round(last, 1)}

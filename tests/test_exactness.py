@@ -53,9 +53,9 @@ def decoded(
 
     helpers: set[str] = set()
     tokens = list(decode(decoder, prompt, choose, max_new_tokens=n, tiling=tiling, beside=beside))
-    staged = tiling.block if tiling.block > 1 else STAGE
-    expected = beside and bool(tiling.slacks) and min(tiling.slacks) >= staged
-    assert beside is None or bool(helpers) == bool(expected)
+    if beside is not None and tiling is not None:
+        staged = tiling.block if tiling.block > 1 else STAGE
+        assert bool(helpers) == (beside and bool(tiling.slacks) and min(tiling.slacks) >= staged)
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
 

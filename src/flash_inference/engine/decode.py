@@ -12,7 +12,7 @@ from flash_inference.engine.payer import Payer
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Blocked, Prompted, Separated, Spread, Tiling
 
-LONG_RUN = 1024
+LONG_RUN, SHORT_PROMPT = 1024, 256
 NEAR, BLOCK, EVERY = 64, 32, 64
 PREFILL_CHUNK = 4096
 
@@ -22,13 +22,16 @@ Choose = Callable[[Tensor], Tensor]
 def default_tiling(positions: int, prompt: int = 0) -> Tiling:
     """The tiling for `positions` new positions after a prompt: Blocked for short runs, else Separated + Spread.
 
-    Long runs never wait for a large tile: those have slack, and are paid in shares.
+    Long runs never wait for a large tile: those have slack, and are paid in shares. A long prompt is paid forward as
+    one rectangle (Prompted); a short one is part of the tiling, since its rectangle would be all targets and no work.
     """
-    if positions <= LONG_RUN:
-        inner: Tiling = Blocked(positions, block=BLOCK)
+    after = prompt if prompt > SHORT_PROMPT else 0
+    length = positions if after else positions + prompt
+    if length <= LONG_RUN:
+        inner: Tiling = Blocked(length, block=BLOCK)
     else:
-        inner = Spread(Separated(positions, near=NEAR, block=BLOCK), every=EVERY)
-    return Prompted(inner, prompt) if prompt else inner
+        inner = Spread(Separated(length, near=NEAR, block=BLOCK), every=EVERY)
+    return Prompted(inner, after) if after else inner
 
 
 def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:

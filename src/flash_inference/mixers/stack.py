@@ -53,7 +53,8 @@ class StackState:
     def clone(self) -> StackState:
         """An independent copy; `Stack.bind` makes it ready to step."""
         with torch.inference_mode(False), torch.no_grad():
-            copies = {name: getattr(self, name).clone() for name in ("start", "history", "inputs", "partial")}
+            copies = {name: getattr(self, name).clone() for name in ("start", "inputs", "partial")}
+            copies["history"] = spaced(self.history, *self.history.shape).copy_(self.history)
         return replace(self, **copies, owed=None if self.owed is None else list(self.owed), pushes=[])
 
     @property
@@ -97,7 +98,7 @@ class Stack:
         block = tiling.block if tiling.block > 1 else STAGE
         with torch.inference_mode(False):
             start = torch.zeros(batch, dtype=torch.long) if start is None else start.detach().clone()
-            history = torch.zeros(C, batch, self.rows(tiling), dtype=dtype or rho.dtype, device=rho.device)
+            history = spaced(torch.zeros(0, dtype=dtype or rho.dtype, device=rho.device), C, batch, self.rows(tiling))
             inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
         state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
         state.cleared = history.shape[2]
@@ -328,6 +329,17 @@ class Stack:
             end = min(until, state.cleared + rows - slot)
             state.history[:, :, slot : slot + end - state.cleared] = 0
             state.cleared = end
+
+
+def spaced(like: Tensor, channels: int, batch: int, rows: int) -> Tensor:
+    """Zeros [channels, batch, rows] whose row starts lie an odd number of cache lines apart.
+
+    A step touches the same few columns of every channel. At a power of two apart they would all fall into one set of
+    the cache and evict each other.
+    """
+    line = max(64 // like.itemsize, 1)
+    stride = (-(-rows // line) | 1) * line
+    return like.new_zeros(channels, batch, stride)[..., :rows]
 
 
 def check_tiling(tiling: Tiling, taps: int) -> None:

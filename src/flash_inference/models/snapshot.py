@@ -13,7 +13,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
 
 from flash_inference.errors import FlashInferenceError, StateError
-from flash_inference.mixers.stack import StackState
+from flash_inference.mixers.stack import StackState, spaced
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import describe, rebuild
 
@@ -54,6 +54,8 @@ def load_state(decoder: Decoder, path: str | os.PathLike[str]) -> ModelState:
         about = json.loads(json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]["about"])
         if about["model"] != fingerprint(decoder):
             raise StateError(f"{path} belongs to another model or other weights; load it with the model that made it.")
+        history = tensors["history"]
+        tensors["history"] = spaced(history, *history.shape).copy_(history)
         stack = StackState(
             tiling=rebuild(about["tiling"]),
             **{name: tensors[name] for name in TENSORS},

@@ -42,7 +42,7 @@ class Choice:
     match to the nearest octave.
     """
 
-    crossover = 40
+    crossover = 8
 
     def __init__(self, measurements: tuple[Measurement, ...] = ()) -> None:
         self.measurements = measurements

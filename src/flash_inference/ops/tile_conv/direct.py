@@ -9,12 +9,14 @@ from torch import Tensor
 from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
 from flash_inference.ops.tile_conv.threads import threads_for
 
+PIECE, FEW = 1 << 18, 8
+
 
 def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor, channels: slice) -> None:
     """out[j] += sum over i of y[i] rho[first + (S - 1) + j - i] for y [S, B, C], out [T, B, C].
 
-    One source is a rank-one update, one target a dot product, anything else a depthwise correlation of the taps with
-    the reversed sources. O(S T) per channel. Error at most S eps sum |y| |rho| per element.
+    One target is a dot product, a few sources are a rank-one update each, anything else is a depthwise correlation of
+    the taps with the reversed sources, whose launch costs as much as twenty small calls. O(S T) per channel. Error at most S eps sum |y| |rho| per element.
     """
     S, T = y.shape[0], out.shape[0]
     y = y.to(filter.rho.dtype)
@@ -22,11 +24,18 @@ def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor,
         if first + T <= min(NEAR, filter.length) and out.dtype == y.dtype:
             out.addcmul_(filter.near[first : first + T, None, channels], y)
         else:
-            out.add_(filter.taps(first, T, channels).T[:, None] * y)
+            piece = max(1, PIECE // y.numel())
+            for t in range(0, T, piece):
+                n = min(piece, T - t)
+                out[t : t + n] += filter.taps(first + t, n, channels).T[:, None] * y
     elif T == 1:
         S = min(S, filter.length - first)
         if S > 0:
             out[0] += _dot(y[-S:], filter.backwards(first, S, channels))
+    elif S <= FEW:
+        window = filter.taps(first, S + T - 1, channels).T[:, None]
+        for i in range(S):
+            out += window[S - 1 - i : S - 1 - i + T] * y[i]
     else:
         out.add_(correlate(filter.taps(first, S + T - 1, channels), y))
 

@@ -35,7 +35,9 @@ class PreparedFilter:
             # Windows decay into subnormal numbers, which are far below any sum's rounding and slow on many processors.
             for row in self.rho:
                 row[row.abs() < torch.finfo(row.dtype).tiny] = 0
+            # Rows of a long filter start far apart, often in one set of the cache: small tiles read copies.
             self.near = self.rho[:, :NEAR].T.contiguous()
+            self.near_rows = self.rho[:, :NEAR].contiguous()
         self.spectra_bytes = max(self.rho.nbytes, 64 << 20) if spectra_bytes is None else spectra_bytes
         self.spectra_used = 0
         self._spectra: dict[tuple[int, int], tuple[Tensor, list[bool]]] = {}
@@ -59,7 +61,7 @@ class PreparedFilter:
 
     def taps(self, first: int, n: int, channels: slice = slice(None)) -> Tensor:
         """Taps first .. first + n - 1 of some channels as [C, n]; zeros past the end. A view where possible."""
-        held = self.rho[channels, first : first + n]
+        held = (self.near_rows if first + n <= NEAR else self.rho)[channels, first : first + n]
         if held.shape[1] < n:
             held = torch.nn.functional.pad(held, (0, n - held.shape[1]))
         return held
