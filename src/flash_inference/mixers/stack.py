@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,9 +23,11 @@ class StackState:
     `history` [M * D, B, rows] is the one buffer: a column holds a position's partial sums until the position is read
     and its inputs afterwards. Time is its contiguous axis, since transforms run along it. The base block around the
     clock is staged time-major in `inputs` and `partial` [block, B, M * D], since steps read and write rows.
+    `row` is the next position's row there.
     `clock` counts the positions known; `paid` how many of them have paid their tiles, `owed` what the last one still
-    owes. Row b begins at clock `start[b]`; inputs before it are zero. A tiling without end uses the rows as a ring:
-    `cleared` is the clock up to which rows have been zeroed for use as targets.
+    owes. Row b begins at clock `start[b]`; inputs before it are zero. Single steps run from clock `step_from`, behind
+    prompt and starts, to `step_until`, the length. A tiling without end uses the rows as a ring: `cleared` is the
+    clock up to which rows have been zeroed for use as targets.
     """
 
     tiling: Tiling
@@ -36,6 +39,9 @@ class StackState:
     paid: int = 0
     cleared: int = 0
     staged: bool = False
+    row: int = 0
+    step_from: int = 0
+    step_until: float = math.inf
     owed: list[Rectangle | Share] | None = None
     last_start: int = 0
     pushes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
@@ -101,6 +107,8 @@ class Stack:
             history = spaced(torch.zeros(0, dtype=dtype or rho.dtype, device=rho.device), C, batch, self.rows(tiling))
             inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
         state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
+        state.step_from = max(state.last_start, tiling.origin)
+        state.step_until = math.inf if tiling.length is None else tiling.length
         state.cleared = history.shape[2]
         return self.bind(state)
 
@@ -234,7 +242,7 @@ class Stack:
         if state.clock < state.last_start:
             y = y * self.alive(state, N)[..., None].to(y.dtype)
         if state.staged:
-            r = state.clock - state.base
+            r = state.row
             state.inputs[r, :, lanes] = y[:, 0]
             z = torch.addcmul(state.partial[r, :, lanes], self.diagonal[lanes], state.inputs[r, :, lanes])
             return z[:, None].to(y.dtype)
@@ -255,12 +263,12 @@ class Stack:
     def commit(self, state: StackState, n: int) -> None:
         """Closes a step of n positions: their inputs are known, and the pairs inside their base block are paid."""
         if state.staged:
-            r = state.clock - state.base
             if state.pushes:
-                out, rho, y = state.pushes[r]
+                out, rho, y = state.pushes[state.row]
                 out.addcmul_(rho, y)
             state.clock += 1
-            if r == state.block - 1:
+            state.row += 1
+            if state.row == len(state.inputs):
                 self._flush(state)
             return
         start, stop = state.clock, state.clock + n
@@ -300,7 +308,7 @@ class Stack:
         column = state.history[:, :, slot : slot + state.block].permute(2, 1, 0)
         state.inputs[:r] = column[:r]
         state.partial[r:] = column[r:]
-        state.staged = True
+        state.staged, state.row = True, r
 
     def _unstage(self, state: StackState) -> None:
         """Writes the staged block back to history: inputs where known, partial sums where not."""

@@ -61,6 +61,7 @@ class Decoder:
         self.fused = _fused_step(model, self.stack) if _fusible(weight) else None
         if self.fused:
             self._embedding, self._head = model.embedding.weight.detach().numpy(), weight.detach().numpy().T
+            self._norm = (model.norm.weight.detach(), model.norm.bias.detach(), model.norm.eps)
 
     @property
     def length(self) -> int:
@@ -101,12 +102,21 @@ class Decoder:
         """Pays all that is due."""
         self.stack.settle(state.stack)
 
-    @torch.no_grad()
     def extend(self, state: ModelState, tokens: Tensor, *, every: bool = False) -> Tensor:
         """The next tokens [B, N] -> logits [B, V] of the last position, or [B, N, V] of all with `every`.
 
         Exact anywhere in the sequence. What is still due is paid first.
         """
+        stack = state.stack
+        if tokens.shape[1] == 1 and state.step is not None and stack.step_from <= stack.clock < stack.step_until:
+            if not stack.staged or stack.paid < stack.clock:
+                self.stack.begin(stack, 1)
+            logits = self._step(state.step, stack, tokens)
+            return logits[:, None] if every else logits
+        return self._chunks(state, tokens, every)
+
+    @torch.no_grad()
+    def _chunks(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
         outputs, done = [], 0
         for size in self.stack.pieces(state.stack, tokens.shape[1]):
             outputs.append(self._piece(state, tokens[:, done : done + size], every))
@@ -116,9 +126,6 @@ class Decoder:
     def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
         stack, N = state.stack, tokens.shape[1]
         self.stack.begin(stack, N)
-        if stack.staged and state.step is not None and stack.clock >= stack.last_start:
-            logits = self._step(state.step, stack, tokens)
-            return logits[:, None] if every else logits
         x = self.model.embedding(tokens)
         alive = self.stack.alive(stack, N) if stack.clock < stack.last_start else None
         M = self.config.order - 1
@@ -131,11 +138,11 @@ class Decoder:
         return self.model.head(self.model.norm(x))
 
     def _step(self, step: BoundStep, stack: StackState, tokens: Tensor) -> Tensor:
-        np.take(self._embedding, tokens.numpy()[:, 0], axis=0, out=step.x.numpy(), mode="clip")
-        step(stack.clock - stack.base)
+        np.take(self._embedding, tokens.numpy()[:, 0], axis=0, out=step.rows_of_x, mode="clip")
+        step(stack.row)
         self.stack.commit(stack, 1)
-        x, norm = step.x, self.model.norm
-        h = torch.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
+        weight, bias, eps = self._norm
+        h = torch.layer_norm(step.x, weight.shape, weight, bias, eps)
         return torch.from_numpy(np.dot(h.numpy(), self._head))
 
 

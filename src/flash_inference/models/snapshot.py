@@ -18,7 +18,7 @@ from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import describe, rebuild
 
 MAGIC = b"flash-inference state 1 "
-NUMBERS = ("clock", "paid", "cleared", "staged", "last_start")
+NUMBERS = ("clock", "paid", "cleared", "staged", "row", "step_from", "step_until", "last_start")
 TENSORS = ("start", "history", "inputs", "partial")
 
 
@@ -51,11 +51,11 @@ def load_state(decoder: Decoder, path: str | os.PathLike[str]) -> ModelState:
     try:
         with torch.inference_mode(False):
             tensors = parse_tensors(body)
+            history = tensors["history"]
+            tensors["history"] = spaced(history, *history.shape).copy_(history)
         about = json.loads(json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]["about"])
         if about["model"] != fingerprint(decoder):
             raise StateError(f"{path} belongs to another model or other weights; load it with the model that made it.")
-        history = tensors["history"]
-        tensors["history"] = spaced(history, *history.shape).copy_(history)
         stack = StackState(
             tiling=rebuild(about["tiling"]),
             **{name: tensors[name] for name in TENSORS},

@@ -70,7 +70,7 @@ class BoundStep:
             self.x = torch.empty(batch, D, dtype=step.dtype)
             self.flat = self.x.view(*lead, D)
             self.hidden = torch.empty(*lead, step.inner, dtype=step.dtype)
-        self.step = step
+        self.step, self.rows_of_x = step, self.x.numpy()
         self.residual, self.g = self.flat.numpy(), self.hidden.numpy()
         self.u_all = np.empty((layers, batch, (N + 1) * D), self.g.dtype)
         self.u = list(self.u_all.reshape(layers, *lead, (N + 1) * D))

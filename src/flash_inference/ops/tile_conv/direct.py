@@ -16,7 +16,8 @@ def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor,
     """out[j] += sum over i of y[i] rho[first + (S - 1) + j - i] for y [S, B, C], out [T, B, C].
 
     One target is a dot product, a few sources are a rank-one update each, anything else is a depthwise correlation of
-    the taps with the reversed sources, whose launch costs as much as twenty small calls. O(S T) per channel. Error at most S eps sum |y| |rho| per element.
+    the taps with the reversed sources, whose launch costs as much as twenty small calls.
+    O(S T) per channel. Error at most S eps sum |y| |rho| per element.
     """
     S, T = y.shape[0], out.shape[0]
     y = y.to(filter.rho.dtype)
@@ -34,8 +35,10 @@ def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor,
             out[0] += _dot(y[-S:], filter.backwards(first, S, channels))
     elif S <= FEW:
         window = filter.taps(first, S + T - 1, channels).T[:, None]
-        for i in range(S):
-            out += window[S - 1 - i : S - 1 - i + T] * y[i]
+        sums = window[S - 1 : S - 1 + T] * y[0]
+        for i in range(1, S):
+            sums += window[S - 1 - i : S - 1 - i + T] * y[i]
+        out.add_(sums)
     else:
         out.add_(correlate(filter.taps(first, S + T - 1, channels), y))
 
