@@ -33,7 +33,7 @@ START = torch.zeros(1, 1, dtype=torch.long)
 
 
 class Unmixed(Stack):
-    """The step with mixing removed: no past is kept and none is read."""
+    """The step with mixing removed: no past is kept and none is read. It stays on staged row 0."""
 
     def begin(self, state: StackState, n: int) -> None:
         state.staged, state.paid = True, state.clock
@@ -43,7 +43,14 @@ class Unmixed(Stack):
         state.paid = state.clock
 
 
-class LazyStack(Stack):
+class Baseline(Stack):
+    """A decoder without tiles: nothing is ever due, and every step begins anew, on staged row 0."""
+
+    def take(self, state: StackState) -> tuple[()]:
+        return ()
+
+
+class LazyStack(Baseline):
     """The strong lazy decoder: inputs and reversed taps side by side in memory, one dot product per channel and step.
 
     All layers in one call, since no layer needs the position to come; numpy's einsum on every core, the fastest
@@ -59,8 +66,8 @@ class LazyStack(Stack):
         self.cuts = [slice(a, b) for a, b in pairwise(edges)]
 
     def begin(self, state: StackState, n: int) -> None:
-        t, out = state.clock, state.partial.numpy()[state.clock - state.base, 0]
-        state.staged, state.paid = True, t
+        t, out = state.clock, state.partial.numpy()[0, 0]
+        state.staged = True
         self.dot(0, t, out)
 
     def dot(self, first: int, t: int, out: np.ndarray) -> None:
@@ -73,7 +80,7 @@ class LazyStack(Stack):
         list(self.pool.map(part, self.cuts))
 
     def commit(self, state: StackState, n: int) -> None:
-        self.past[:, state.clock] = state.inputs.numpy()[state.clock - state.base, 0]
+        self.past[:, state.clock] = state.inputs.numpy()[0, 0]
         state.clock += 1
 
 
@@ -86,8 +93,8 @@ class EpochedStack(LazyStack):
         self.filled = np.zeros((self.filter.channels, self.epoch), np.float32)
 
     def begin(self, state: StackState, n: int) -> None:
-        t, out = state.clock, state.partial.numpy()[state.clock - state.base, 0]
-        state.staged, state.paid = True, t
+        t, out = state.clock, state.partial.numpy()[0, 0]
+        state.staged = True
         r = t % self.epoch
         if r == 0:
             self.filled[:] = 0
@@ -98,7 +105,7 @@ class EpochedStack(LazyStack):
         out += self.filled[:, r]
 
 
-class EagerStack(Stack):
+class EagerStack(Baseline):
     """The strong eager decoder: each new input adds its share to all later positions, time-major, in one call."""
 
     def prepare(self, length: int) -> None:
@@ -107,13 +114,13 @@ class EagerStack(Stack):
         self.rho_rows = self.filter.rho.T.contiguous()
 
     def begin(self, state: StackState, n: int) -> None:
-        state.staged, state.paid = True, state.clock
-        state.partial[state.clock - state.base, 0] = self.sums[state.clock]
+        state.staged = True
+        state.partial[0, 0] = self.sums[state.clock]
 
     def commit(self, state: StackState, n: int) -> None:
         t = state.clock
         left = len(self.sums) - t - 1
-        self.sums[t + 1 :].addcmul_(self.rho_rows[1 : left + 1], state.inputs[t - state.base])
+        self.sums[t + 1 :].addcmul_(self.rho_rows[1 : left + 1], state.inputs[0])
         state.clock += 1
 
 

@@ -50,6 +50,7 @@ class OnlineConvolution:
         self._state = self._stack.init(1, self._tiling)
         self._rows = list(zip(self._state.inputs, self._state.partial, strict=True))
         self._diagonal = self._stack.diagonal[None]
+        self._dtype = self._diagonal.dtype
 
     @property
     def position(self) -> int:
@@ -64,13 +65,13 @@ class OnlineConvolution:
     @torch.no_grad()
     def push(self, block: Tensor | np.ndarray) -> Tensor:
         """The outputs [N, channels] of the next N >= 0 samples [N, channels] (N-vectors for a one-axis filter)."""
-        x = torch.as_tensor(block)
+        x = block if isinstance(block, Tensor) else torch.as_tensor(block)
         if self.flat and x.ndim == 1:
             x = x[:, None]
-        if x.ndim != 2 or x.shape[1] != self.channels or x.dtype != self._diagonal.dtype:
+        if x.ndim != 2 or x.shape[1] != self.channels or x.dtype != self._dtype:
             wanted = "[N]" if self.flat else f"[N, {self.channels}]"
             raise ShapeError(
-                f"block is {x.dtype} of shape {tuple(torch.as_tensor(block).shape)}; expected {self._diagonal.dtype} "
+                f"block is {x.dtype} of shape {tuple(torch.as_tensor(block).shape)}; expected {self._dtype} "
                 f"{wanted}, as the filter is."
             )
         out = self._one(x) if x.shape[0] == 1 else self._many(x)
@@ -80,8 +81,9 @@ class OnlineConvolution:
         stack, state = self._stack, self._state
         if not math.isfinite(float(x.sum())):
             check_samples(x)
-        stack.begin(state, 1)
-        inputs, partial = self._rows[state.clock - state.base]
+        if not state.staged or state.paid < state.clock:
+            stack.begin(state, 1)
+        inputs, partial = self._rows[state.row]
         out = torch.addcmul(partial, self._diagonal, x)
         inputs.copy_(x)
         stack.commit(state, 1)

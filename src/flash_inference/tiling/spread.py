@@ -31,6 +31,8 @@ class Spread:
     tiling: Tiling
     every: int = 32
     phases: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    period: int = field(init=False, repr=False, compare=False)
+    busy: frozenset[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require("Spread", "every", self.every, minimum=1, power=True)
@@ -40,7 +42,12 @@ class Spread:
             )
         for slack in self.tiling.slacks:
             require(f"Spread of {self.tiling!r}", "slack", slack, minimum=1, power=True)
-        object.__setattr__(self, "phases", choose_phases(self.tiling.slacks, self.every))
+        phases = choose_phases(self.tiling.slacks, self.every)
+        period = max(self.every, self.tiling.block)
+        turns = [(min(slack, self.every), phase) for slack, phase in zip(self.tiling.slacks, phases, strict=True)]
+        busy = {n for n in range(period) if n % self.tiling.block == 0 or any(n % m == p for m, p in turns)}
+        for name, value in (("phases", phases), ("period", period), ("busy", frozenset(busy))):
+            object.__setattr__(self, name, value)
 
     @property
     def length(self) -> int | None:
@@ -75,8 +82,10 @@ class Spread:
 
     def after(self, position: int) -> tuple[Tile | Share, ...]:
         """The tiles without slack that `position` makes ready, then the shares whose turn it is."""
-        items: list[Tile | Share] = [*self._urgent(position)]
         n = position + 1 - self.origin
+        if n >= 0 and n % self.period not in self.busy and (self.length is None or position < self.length):
+            return ()
+        items: list[Tile | Share] = [*self._urgent(position)]
         for slack, phase in zip(self.slacks, self.phases, strict=True):
             part, rest = divmod(n % slack - phase, self.every)
             if not rest and 0 <= part < self._parts(slack):
