@@ -13,7 +13,7 @@ from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Blocked, Prompted, Separated, Spread, Tiling
 
 LONG_RUN, SHORT_PROMPT = 1024, 256
-NEAR, BLOCK, EVERY = 64, 32, 64
+NEAR, BLOCK, EVERY = 128, 32, 128
 PREFILL_CHUNK = 4096
 
 Choose = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ from flash_inference.mixers.stack import Stack
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Separated, Spread, Tiling
 
-BLOCK, EVERY = 64, 256
-SIDE, NEAR_WORK = 4096, 1 << 18
+BLOCK, EVERY = 64, 512
+SIDE, NEAR_WORK = 4096, 1 << 19
 
 
 class OnlineConvolution:
