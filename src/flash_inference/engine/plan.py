@@ -17,7 +17,7 @@ from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv import Choice, Impl
 from flash_inference.tiling import Cost, Prompted, Rectangle, Spread, Tile, Tiling, cost
 
-WORKSPACE = 16 << 20
+WORKSPACE = 12 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def random_model(
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             normal(module.weight, 0.2)
-            module.weight += 1
+            module.weight.add_(1)
             normal(module.bias, 0.2)
     for block in model.blocks:
         mixer = block.mixer

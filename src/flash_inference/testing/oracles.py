@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flash_inference.models.backbone import LanguageModel
 
 Array = np.ndarray
 
@@ -82,7 +84,7 @@ def hyena_oracle(x: Tensor, weights: Mapping[str, Tensor], rho: Tensor, order: i
     return torch.from_numpy(_hyena(_array(x), w, _array(rho), order))
 
 
-def model_oracle(model: nn.Module, tokens: Tensor) -> Tensor:
+def model_oracle(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits [B, L, V] in float64 of a Hyena LanguageModel, from its config and its state dict alone."""
     config = model.config
     state = dict(model.state_dict())
