@@ -10,7 +10,7 @@ from rows import RESULTS
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
-    "flash": "ours (Separated + Spread)",
+    "flash": "ours (default tiling)",
     "blocked": "ours (Blocked)",
     "relaxed": "ours (Relaxed, the paper's tiling)",
     "epoched": "epoched (FutureFill)",
