@@ -12,7 +12,7 @@ test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --slow
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -226,3 +226,15 @@ def test_configurations_of_wrong_types() -> None:
         ModelError, match=r"config does not make a HyenaConfig: .*width.*Compare with HyenaConfig's fields"
     ):
         HyenaConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("bad", [-1, 256])
+def test_a_decoder_refuses_ids_outside_the_vocabulary(bad: int, chunk: int) -> None:
+    model = random_model(2, vocab_size=256)
+    decoder = model.decoder()
+    state = decoder.init(1, Blocked(64))
+    decoder.extend(state, torch.tensor([[1, 2]]))
+    with pytest.raises(TokenError, match=rf"token id {bad} at row 0, position {chunk - 1} is outside the vocabulary"):
+        decoder.extend(state, torch.tensor([[3] * (chunk - 1) + [bad]]))
+    assert state.clock == 2

@@ -105,7 +105,7 @@ class Decoder:
     def extend(self, state: ModelState, tokens: Tensor, *, every: bool = False) -> Tensor:
         """The next tokens [B, N] -> logits [B, V] of the last position, or [B, N, V] of all with `every`.
 
-        Exact anywhere in the sequence. What is still due is paid first.
+        Exact anywhere in the sequence. What is still due is paid first. Raises TokenError and LengthError.
         """
         stack = state.stack
         if tokens.shape[1] == 1 and state.step is not None and stack.step_from <= stack.clock < stack.step_until:
@@ -117,6 +117,7 @@ class Decoder:
 
     @torch.no_grad()
     def _chunks(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
+        tokens = self.model.check_tokens(tokens)
         outputs, done = [], 0
         for size in self.stack.pieces(state.stack, tokens.shape[1]):
             outputs.append(self._piece(state, tokens[:, done : done + size], every))
@@ -138,7 +139,10 @@ class Decoder:
         return self.model.head(self.model.norm(x))
 
     def _step(self, step: BoundStep, stack: StackState, tokens: Tensor) -> Tensor:
-        np.take(self._embedding, tokens.numpy()[:, 0], axis=0, out=step.rows_of_x, mode="clip")
+        ids = tokens.numpy()[:, 0]
+        if ids.min() < 0 or ids.max() >= len(self._embedding):
+            self.model.check_tokens(tokens)
+        np.take(self._embedding, ids, axis=0, out=step.rows_of_x, mode="clip")
         step(stack.row)
         self.stack.commit(stack, 1)
         weight, bias, eps = self._norm
