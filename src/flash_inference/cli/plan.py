@@ -62,12 +62,12 @@ def plan(
 
 def _tiling(name: str, prompt: int, tokens: int) -> Tiling:
     """The tiling as generation would use it: the last new token is never read."""
-    from flash_inference.engine.decode import BLOCK, EVERY, NEAR
+    from flash_inference.engine.decode import BLOCK, NEAR, turn
 
     options: dict[str, Any] = {
         "blocked": {"block": BLOCK},
         "separated": {"near": NEAR, "block": BLOCK},
-        SPREAD: {"near": NEAR, "block": BLOCK, "every": EVERY},
+        SPREAD: {"near": NEAR, "block": BLOCK, "every": turn()},
     }.get(name, {})
     return build(name, prompt + max(tokens - 1, 1), prompt, **options)
 

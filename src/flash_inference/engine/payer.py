@@ -75,8 +75,20 @@ class Payer:
                 else:
                     near.append(tile)
             self._settle(clock)
-            for tile in near:
-                self.decoder.stack.apply(stack, tile)
+            if near:
+                self._pay(near)
+
+    def _pay(self, tiles: list[Rectangle | Share]) -> None:
+        """Pays tiles at once: on one thread while the worker has the other core."""
+        threads = torch.get_num_threads()
+        if self._thread is not None and threads > 1:
+            torch.set_num_threads(1)
+        try:
+            for tile in tiles:
+                self.decoder.stack.apply(self.state.stack, tile)
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
     def _hand(self, tile: Rectangle | Share, due: int) -> None:
         self._handed.append(due)

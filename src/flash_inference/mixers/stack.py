@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import LengthError, ShapeError, StateError, TilingError
+from flash_inference.ops.memory import roomy_zeros
 from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, tile_conv, triangle_conv
 from flash_inference.tiling import Parallelogram, Rectangle, Share, Tiling
 
@@ -347,7 +348,7 @@ def spaced(like: Tensor, channels: int, batch: int, rows: int) -> Tensor:
     """
     line = max(64 // like.itemsize, 1)
     stride = (-(-rows // line) | 1) * line
-    return like.new_zeros(channels, batch, stride)[..., :rows]
+    return roomy_zeros(like, channels, batch, stride)[..., :rows]
 
 
 def check_tiling(tiling: Tiling, taps: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from flash_inference.filters import ExplicitFilter, ImplicitFilter
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.ops.decode_step import BoundStep, HyenaStep, LayerWeights
+from flash_inference.ops.memory import roomy_zeros
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Rectangle, Share, Tiling
 
@@ -154,7 +155,8 @@ def _evaluate(filters: list[ImplicitFilter | ExplicitFilter], length: int) -> Te
     """The taps of all filters under one another, [channels, length]: evaluated in pieces that need little room."""
     first = filters[0].taps(1)
     dtype = first.dtype if first.dtype == torch.float64 else torch.float32
-    rho = torch.empty(sum(filter.channels for filter in filters), length, dtype=dtype, device=first.device)
+    like = torch.empty(0, dtype=dtype, device=first.device)
+    rho = roomy_zeros(like, sum(filter.channels for filter in filters), length)
     row = 0
     for filter in filters:
         for start in range(0, length, PIECE):

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flash_inference.ops.memory import roomy_zeros
+
 Array = np.ndarray
 gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]
 
@@ -30,6 +32,22 @@ class LayerWeights:
     fc2: tuple[Tensor, Tensor]
 
 
+PACKED_BYTES = 64 << 20
+"""Weights up to this size are copied side by side: the last-level cache may hold them between two steps."""
+
+
+def pack(weights: list[Tensor]) -> list[Tensor]:
+    """The same matrices one after another in one block of huge pages, each on a cache line; large ones as they are."""
+    lines = [-(-w.nbytes // 64) * 64 for w in weights]
+    if sum(lines) > PACKED_BYTES:
+        return weights
+    room, at, packed = roomy_zeros(weights[0].new_empty(0), sum(lines) // weights[0].itemsize), 0, []
+    for w in weights:
+        packed.append(room[at : at + w.numel()].view(w.shape).copy_(w))
+        at += -(-w.nbytes // 64) * 64 // w.itemsize
+    return packed
+
+
 class HyenaStep:
     """One position through all blocks of order N. `bind` makes it ready for a state.
 
@@ -42,10 +60,9 @@ class HyenaStep:
         self.inner = layers[0].fc1[0].shape[0]
         self.dtype = layers[0].fc1[0].dtype
         self.norms = [(layer.norm1, layer.norm2) for layer in layers]
-        self.matrices = [
-            [(w.numpy().T, b.numpy()) for w, b in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)]
-            for layer in layers
-        ]
+        pairs = [[layer.in_proj, layer.out_proj, layer.fc1, layer.fc2] for layer in layers]
+        packed = iter(pack([w for four in pairs for w, _ in four]))
+        self.matrices = [[(next(packed).numpy().T, b.numpy()) for _, b in four] for four in pairs]
         self.short_weight = np.stack([layer.short[0].numpy().T for layer in layers])
         self.short_bias = np.stack([layer.short[1].numpy() for layer in layers])[:, None]
         self.diagonal = diagonal.numpy()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import FilterError, ShapeError
+from flash_inference.ops.memory import roomy_zeros
 
 NEAR = 256
 
@@ -89,7 +90,8 @@ class PreparedFilter:
             self.spectra_used += size
             with torch.inference_mode(False):
                 complex_dtype = torch.complex128 if self.rho.dtype == torch.float64 else torch.complex64
-                table = torch.empty(self.channels, n // 2 + 1, dtype=complex_dtype, device=self.rho.device)
+                like = torch.empty(0, dtype=complex_dtype, device=self.rho.device)
+                table = roomy_zeros(like, self.channels, n // 2 + 1)
             self._spectra[key] = (table, [False] * self.channels)
         table, known = self._spectra[key]
         if not all(known[start:stop]):
