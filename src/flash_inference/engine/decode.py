@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flash_inference.engine.payer import Payer
 from flash_inference.models.decoder import Decoder, ModelState
-from flash_inference.tiling import Blocked, Prompted, Separated, Spread, Tiling
+from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
+
+if TYPE_CHECKING:
+    from flash_inference.models.backbone import LanguageModel
+    from flash_inference.models.gpu import GpuDecoder
 
 LONG_RUN, SHORT_PROMPT = 1024, 256
 NEAR, BLOCK, EVERY, EVERY_BESIDE = 128, 32, 128, 512
@@ -48,8 +54,27 @@ def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PR
     return logits
 
 
+def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None) -> Decoder | GpuDecoder:
+    """The model made ready for `length` positions: with the GPU's kernels where it is on one that has them.
+
+    Where it is on a GPU that lacks them, a warning says why, and PyTorch's operations run there instead.
+    """
+    device = model.embedding.weight.device
+    if device.type == "cuda":
+        try:
+            from flash_inference.models.gpu import gpu_decoder, unusable
+
+            reason = unusable(device)
+        except ImportError as error:
+            reason = f"{error}; pip install triton"
+        if reason is None:
+            return gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded")
+        warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
+    return model.decoder(length)
+
+
 def decode(
-    decoder: Decoder,
+    decoder: Decoder | GpuDecoder,
     prompt: Tensor,
     choose: Choose,
     *,
@@ -65,16 +90,22 @@ def decode(
     (default: if there is one). Nothing is left half done by a caller who stops.
     """
     batch, length = prompt.shape
+    if not isinstance(decoder, Decoder):
+        from flash_inference.engine.graphs import decode_gpu
+
+        yield from decode_gpu(decoder, prompt, choose, max_new_tokens, tiling)
+        return
     if tiling is None:
         tiling = default_tiling(max(max_new_tokens - 1, 1), length)
     state = decoder.init(batch, tiling, dtype=dtype)
-    logits = prefill(decoder, state, prompt)
+    device = decoder.model.embedding.weight.device
+    logits = prefill(decoder, state, prompt.to(device)).cpu()
     with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
         tokens = choose(logits)
         yield tokens
         for _ in range(max_new_tokens - 1):
             pay()
-            tokens = choose(decoder.extend(state, tokens[:, None]))
+            tokens = choose(decoder.extend(state, tokens[:, None].to(device)).cpu())
             yield tokens
 
 

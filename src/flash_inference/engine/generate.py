@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_inference.engine.decode import decode
+from flash_inference.engine.decode import decode, decoder_for
 from flash_inference.engine.plan import check_memory
 from flash_inference.engine.prompts import Prompt, as_rows, check_room, check_tiling
 from flash_inference.engine.sampling import Sampler, Sampling
 from flash_inference.errors import SamplingError, TokenError
 from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.decoder import Decoder
 from flash_inference.tiling import Tiling
 
 
@@ -136,7 +137,7 @@ def _steps(
     stops = Stops(model, prompt.shape[0], stop_tokens, stop)
     check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
     check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
-    decoder = model.decoder(prompt.shape[1] + max_new_tokens)
+    decoder = decoder_for(model, prompt.shape[1] + max_new_tokens, tiling)
 
     def run() -> Iterator[Step]:
         chances: list[Tensor | None] = [None]
@@ -147,7 +148,12 @@ def _steps(
                 chances[0] = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
             return stops.fill(tokens)
 
-        for tokens in decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling):
+        source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling)
+        if not isinstance(decoder, Decoder) and len(prompt) == 1 and not logprobs:
+            from flash_inference.engine.graphs import stream_gpu
+
+            source = stream_gpu(decoder, prompt, sampler, max_new_tokens, tiling)
+        for tokens in source:
             chance = chances[0]
             if chance is not None:
                 chance = chance.masked_fill(stops.ended, 0.0)

@@ -59,7 +59,7 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, rows: int, vocab: int, seen: Iterable[Tensor] = (), first_row: int = 0
     ) -> None:
-        self.sampling = sampling
+        self.sampling, self.seen, self.first_row = sampling, list(seen), first_row
         if sampling.allowed is not None:
             for token in sampling.allowed:
                 if not 0 <= token < vocab:
@@ -69,7 +69,7 @@ class Sampler:
             self._barred = torch.ones(vocab, dtype=torch.bool)
             self._barred[list(sampling.allowed)] = False
         self._seen = torch.zeros(rows, vocab, dtype=torch.bool)
-        for row, tokens in enumerate(seen):
+        for row, tokens in enumerate(self.seen):
             self._seen[row, tokens] = True
         seed = torch.seed() if sampling.seed is None else sampling.seed
         self._generators = [
@@ -98,6 +98,10 @@ class Sampler:
     def scores(self, logits: Tensor) -> Tensor:
         """Logits [B, V] after penalty, allowed set, temperature and the three cuts: -inf where nothing is drawn."""
         check_finite(logits.max(-1).values)
+        return self.cut(logits)
+
+    def cut(self, logits: Tensor) -> Tensor:
+        """`scores` of logits that are known to be finite, without looking at a value: a graph can capture it."""
         settings, scores = self.sampling, logits.to(torch.promote_types(logits.dtype, torch.float32))
         if settings.repetition_penalty != 1:
             penalty = settings.repetition_penalty
@@ -120,6 +124,31 @@ class Sampler:
             least = scores.max(-1, keepdim=True).values + math.log(settings.min_p)
             scores = scores.masked_fill(scores < least, -math.inf)
         return scores
+
+
+class DeviceSampler(Sampler):
+    """A Sampler of one row whose choice happens on its device, in what a graph can capture.
+
+    The draw is the largest of p_i / e_i with e_i exponential, which takes token i with probability p_i. Its generator
+    lives on the device: a seed repeats a run there, but gives other tokens than the same seed on a CPU.
+    """
+
+    def __init__(self, sampler: Sampler, vocab: int, device: torch.device) -> None:
+        super().__init__(sampler.sampling, 1, vocab, sampler.seen, sampler.first_row)
+        self._seen = self._seen.to(device)
+        self._barred = None if self._barred is None else self._barred.to(device)
+        self.generator = torch.Generator(device).manual_seed(self._generators[0].initial_seed())
+        self._noise = torch.empty(1, vocab, device=device)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The token [1] from logits [V]; -2 if their largest is not finite."""
+        scores = self.cut(logits[None])
+        if self.sampling.temperature > 0:
+            scores = scores.softmax(-1) / self._noise.exponential_(generator=self.generator)
+        token = scores.argmax(-1)
+        if self.sampling.repetition_penalty != 1:
+            self._seen.scatter_(1, token[:, None], True)
+        return torch.where(logits.max().isfinite(), token, -2)
 
 
 def check_finite(best: Tensor) -> None:

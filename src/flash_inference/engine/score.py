@@ -49,7 +49,7 @@ def score_chunks(model: LanguageModel, tokens: Tensor, chunk: int = 4096) -> Ite
     state = decoder.init(batch, Blocked(length))
     for first in range(0, length - 1, chunk):
         last = min(first + chunk, length - 1)
-        logits = decoder.extend(state, tokens[:, first:last], every=True)
+        logits = decoder.extend(state, tokens[:, first:last].to(model.embedding.weight.device), every=True).cpu()
         if not torch.isfinite(logits).all():
             raise NumericsError(
                 f"the logits within positions {first} .. {last - 1} are not finite. Check the weights and the filter; "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_inference.engine.decode import decode
+from flash_inference.engine.decode import decode, decoder_for
 from flash_inference.engine.plan import check_memory
 from flash_inference.engine.prompts import Prompt, as_rows, check_room
 from flash_inference.engine.sampling import check_finite
@@ -122,7 +122,7 @@ def _decode(
             progress(len(logits))
         return best.indices
 
-    decoder = model.decoder(prompt.shape[1] + tokens)
+    decoder = decoder_for(model, prompt.shape[1] + tokens, tiling)
     chosen = [token.clone() for token in decode(decoder, prompt, choose, max_new_tokens=tokens, tiling=tiling)]
     return torch.cat(chosen), torch.stack(logits)
 
@@ -130,7 +130,7 @@ def _decode(
 @torch.no_grad()
 def _forward(model: LanguageModel, tokens: Tensor, prompt: int) -> Tensor:
     """Logits [N, V] of the full forward, from the prompt's last position on."""
-    logits = model(tokens)[0, prompt - 1 :]
+    logits = model(tokens.to(model.embedding.weight.device))[0, prompt - 1 :].cpu()
     finite = torch.isfinite(logits).all(-1)
     if not finite.all():
         place = prompt + int((~finite).nonzero()[0])

@@ -104,7 +104,7 @@ class Stack:
         C, rho = self.filter.channels, self.filter.rho
         block = tiling.block if tiling.block > 1 else STAGE
         with torch.inference_mode(False):
-            start = torch.zeros(batch, dtype=torch.long) if start is None else start.detach().clone()
+            start = torch.zeros(batch, dtype=torch.long, device=rho.device) if start is None else start.detach().clone()
             history = spaced(torch.zeros(0, dtype=dtype or rho.dtype, device=rho.device), C, batch, self.rows(tiling))
             inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
         state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
@@ -259,7 +259,7 @@ class Stack:
 
     def alive(self, state: StackState, n: int) -> Tensor:
         """[B, n]: whether each of the next n positions has begun, by the rows' starts."""
-        return torch.arange(state.clock, state.clock + n) >= state.start[:, None]
+        return torch.arange(state.clock, state.clock + n, device=state.start.device) >= state.start[:, None]
 
     def commit(self, state: StackState, n: int) -> None:
         """Closes a step of n positions: their inputs are known, and the pairs inside their base block are paid."""

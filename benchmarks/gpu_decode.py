@@ -1,0 +1,215 @@
+"""What does a token cost on one GPU, how steady is it, and how far is it from streaming the weights?
+
+Order-2 Hyena, D = 768, 4 D MLP, vocabulary 50,304, float32 mixer state, weights that bfloat16 holds exactly, batch 1,
+greedy, random weights. The tokens are checked first: a float64 forward over all that was generated must give the same
+tokens but for listed ties, and the mixers' inputs must agree. Step times come from the GPU's own clock. "Mixing" is the
+run minus the same run without tiles, in interleaved segments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import flash_inference as fi
+from flash_inference.engine.graphs import GpuLoop
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.gpu import GRAPH, GpuDecoder
+from flash_inference.ops.causal_conv import good_size
+
+VOCABULARY, WIDTH = 50_304, 768
+PROMPT = torch.tensor([17])
+
+
+def big_model(
+    layers: int, width: int, length: int, vocabulary: int = VOCABULARY, device: str = "cuda"
+) -> LanguageModel:
+    """Random weights that bfloat16 holds, with biases and an untied head that make greedy tokens vary."""
+    torch.manual_seed(0)
+    config = fi.HyenaConfig(vocab_size=vocabulary, width=width, layers=layers, length=length, tied=False)
+    with torch.device(device):
+        model = LanguageModel(config).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.embedding.weight)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.normal_(std=0.2)
+        if p.ndim == 2 and "filter" not in name:
+            p.copy_(p.bfloat16())
+    return model
+
+
+@torch.no_grad()
+def against_float64(model: LanguageModel, loop: GpuLoop, tokens: Tensor, piece: int = 8192) -> dict[str, object]:
+    """The float64 forward over prompt and tokens: worst layer's relative error of the mixers' inputs, and the tokens."""
+    run, D = loop.run, model.config.width
+    ids = torch.cat([PROMPT.to(tokens), tokens[:-1]]).to(run.history.device)
+    L = len(ids)
+    x = model.embedding.weight.double()[ids]
+    lane, worst, P = 0, 0.0, len(PROMPT)
+    for block in model.blocks:
+        mixer = block.mixer
+        short = mixer.short.weight.double()[:, 0]
+        out = torch.empty_like(x)
+        u = torch.empty(L, mixer.in_proj.out_features, dtype=torch.float64, device=x.device)
+        norm = lambda m, v: torch.layer_norm(v, (D,), m.weight.double(), m.bias.double(), m.eps)  # noqa: E731
+        linear = lambda m, v: v @ m.weight.double().T + m.bias.double()  # noqa: E731
+        for i in range(0, L, piece):
+            u[i : i + piece] = linear(mixer.in_proj, norm(block.norm1, x[i : i + piece]))
+        n, width = good_size(2 * L), 64
+        for c in range(0, D, width):
+            part = []
+            for g in range(3):
+                cut = u[:, g * D + c : g * D + c + width]
+                s = mixer.short.bias.double()[g * D + c : g * D + c + width] + torch.zeros_like(cut)
+                for k in range(short.shape[1]):
+                    s[k:] += short[g * D + c : g * D + c + width, short.shape[1] - 1 - k] * cut[: L - k]
+                part.append(s)
+            y = part[1] * part[2]
+            rho = double_taps(mixer.filter, L, slice(c, c + width))
+            z = torch.fft.irfft(torch.fft.rfft(y.T.contiguous(), n=n) * torch.fft.rfft(rho, n=n), n=n)[:, :L].T
+            out[:, c : c + width] = part[0] * (z + mixer.skip.double()[c : c + width] * y)
+            got = run.history[run.lead - P : run.lead - P + L, lane + c : lane + c + width].double()
+            worst = max(worst, float((got - y).norm() / y.norm()))
+        for i in range(0, L, piece):
+            h = x[i : i + piece] + linear(mixer.out_proj, out[i : i + piece])
+            inner = torch.nn.functional.gelu(linear(block.mlp.fc1, norm(block.norm2, h)), approximate="tanh")
+            x[i : i + piece] = h + linear(block.mlp.fc2, inner)
+        lane += D
+    different: list[dict[str, float]] = []
+    head = model.head.weight.double()
+    for i in range(P - 1, L, piece):
+        logits = torch.layer_norm(x[i : i + piece], (D,), model.norm.weight.double(), model.norm.bias.double()) @ head.T
+        chosen = tokens[i - P + 1 : i - P + 1 + piece].to(logits.device)
+        wrong = (logits.argmax(-1) != chosen).nonzero().flatten()
+        for j in wrong.tolist():
+            gap = float(logits[j].max() - logits[j, chosen[j]])
+            different.append({"position": i + j, "gap": gap, "scale": float(logits[j].std())})
+    return {"worst_layer_relative_error": worst, "different": different[:20], "differences": len(different)}
+
+
+def double_taps(filter, n: int, channels: slice) -> Tensor:
+    """The taps in float32 as they are used, as float64."""
+    return filter.taps(n)[channels].double()
+
+
+def stats(loop: GpuLoop, skip: int) -> dict[str, float]:
+    """Microseconds between tokens on the GPU's clock, the first `skip` steps left out."""
+    stamps = loop.run.stamps[loop.run.lead :].cpu().numpy()
+    stamps = stamps[stamps > 0]
+    steps = np.diff(stamps)[skip:] / 1e3
+    q = np.quantile(steps, [0.5, 0.99, 0.999, 1])
+    return {
+        "mean_us": float(steps.mean()), "median_us": float(q[0]), "p99_us": float(q[1]), "p999_us": float(q[2]),
+        "worst_us": float(q[3]), "worst_over_median": float(q[3] / q[0]), "worst_at": int(steps.argmax()) + skip,
+        "steps": len(steps), "clock_ns": int(np.diff(np.unique(stamps))[:2000].min()),
+    }  # fmt: skip
+
+
+def whole(decoder: GpuDecoder, new: int) -> tuple[GpuLoop, Tensor, float]:
+    """A real run, tokens read by the host as they come: the loop, its tokens, seconds."""
+    loop = GpuLoop(decoder, PROMPT, new)
+    loop.prepare()
+    start = time.perf_counter()
+    tokens = torch.tensor(list(loop))
+    return loop, tokens, time.perf_counter() - start
+
+
+def mixing(decoder: GpuDecoder, new: int, segments: int) -> dict[str, object]:
+    """The run and the same run without tiles, in turns: microseconds a token between them, one pair a segment."""
+    loops = [GpuLoop(decoder, PROMPT, new, mixing=mixed) for mixed in (True, False)]
+    for loop in loops:
+        loop.prepare()
+    graphs = loops[0].count // segments
+    times: list[list[float]] = [[], []]
+    for _ in range(segments):
+        for which, loop in enumerate(loops):
+            torch.cuda.synchronize()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(loop.main)
+            for _ in range(graphs):
+                loop.launch()
+                loop.pace()
+            end.record(loop.main)
+            torch.cuda.synchronize()
+            times[which].append(start.elapsed_time(end) * 1e3 / (graphs * GRAPH))
+    difference = np.array(times[0]) - np.array(times[1])
+    half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    return {
+        "with_us": float(np.mean(times[0])), "without_us": float(np.mean(times[1])),
+        "mixing_us": float(difference.mean()), "interval_us": [float(difference.mean() - half), float(difference.mean() + half)],
+        "pairs_us": [round(float(d), 2) for d in difference],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Runs and writes one row a question."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--length", type=int, default=131_072)
+    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument("--parts", default="whole,relaxed,mixing,baselines")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_decode.jsonl"))
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    origin = {
+        "commit": args.commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "layers": args.layers, "width": args.width, "length": args.length, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(row: dict[str, object]) -> None:
+        with args.out.open("a") as file:
+            file.write(json.dumps(row | origin) + "\n")
+        print(json.dumps(row), flush=True)
+
+    model = big_model(args.layers, args.width, args.length)
+    matrices = sum(p.numel() * 2 for n, p in model.named_parameters() if p.ndim == 2 and "filter" not in n)
+    floor = (matrices - model.embedding.weight.numel() * 2) / 3.0e12 * 1e6
+    new = args.length
+    if "whole" in parts:
+        decoder = GpuDecoder(model, args.length)
+        loop, tokens, seconds = whole(decoder, new)
+        times = stats(loop, GRAPH)
+        answer = against_float64(model, loop, tokens)
+        row = {
+            "name": "bounded",
+            "seconds": seconds,
+            "us_per_token": seconds / new * 1e6,
+            "forced": loop.schedule.forced,
+        }
+        row |= {"late": loop.late, "distinct": len(set(tokens.tolist())), "weight_floor_us": floor}
+        write(row | times | answer | {"peak_bytes": torch.cuda.max_memory_allocated()})
+        del loop
+        if "mixing" in parts:
+            torch.cuda.empty_cache()
+            write({"name": "mixing"} | mixing(decoder, new, args.segments))
+        del decoder
+        torch.cuda.empty_cache()
+    if "relaxed" in parts:
+        decoder = GpuDecoder(model, args.length, latency="relaxed")
+        loop, again, seconds = whole(decoder, new)
+        row = {"name": "relaxed", "seconds": seconds, "us_per_token": seconds / new * 1e6} | stats(loop, GRAPH)
+        if "whole" in parts:
+            row["same_tokens"] = int((again == tokens).sum())
+        write(row)
+        del loop, decoder
+    del model
+    torch.cuda.empty_cache()
+    if "baselines" in parts:
+        from gpu_baselines import measure
+
+        for row in measure(layers=args.layers, width=args.width, length=args.length):
+            write(row)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,288 @@
+"""A model made ready to decode on one GPU: weights as they are streamed, filter spectra, and a run's memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flash_inference.errors import LengthError, PlanError
+from flash_inference.ops.decode_step.triton import GpuLayer, GpuStep, Shapes
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
+from flash_inference.ops.tile_conv.triton import tile_rows
+from flash_inference.tiling.schedule import Pricing
+
+if TYPE_CHECKING:
+    from flash_inference.models.backbone import LanguageModel
+    from flash_inference.models.blocks import Block
+
+GRAPH = 16
+"""Positions a graph; pairs inside them are inline."""
+NEAR = 256
+"""Largest side that is paid at once."""
+
+
+@dataclass
+class GpuRun:
+    """One sequence in flight: the mixers' one buffer [rows, M D], time-major, and what the kernels keep beside it.
+
+    Row r belongs to position r - lead; `lead` rows end where the prompt ends, a multiple of the graph's positions.
+    """
+
+    lead: int
+    rows: int
+    history: Tensor
+    pending: Tensor
+    clock: Tensor
+    tokens: Tensor
+    host_tokens: Tensor
+    stamps: Tensor
+
+
+class GpuDecoder:
+    """A LanguageModel made ready to decode up to `length` positions of one sequence on its GPU.
+
+    Matrices are streamed as bfloat16 where that changes no value, and as they are otherwise; activations, mixer state
+    and sums are float32. `spectra_bytes` bounds the stored filter spectra; larger sides are transformed when needed.
+    """
+
+    def __init__(
+        self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
+        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded", dtype: torch.dtype = torch.float32, pricing: Pricing | None = None,
+    ) -> None:  # fmt: skip
+        config = model.config
+        if length > config.length:
+            raise LengthError(f"{length} positions were asked for; this model's filter allows {config.length}.")
+        self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
+        self.bounded, self.pricing = latency == "bounded", pricing or Pricing()
+        self.device = next(model.parameters()).device
+        if pdl is None:
+            pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
+        float32 = next(model.parameters()).dtype == torch.float32
+        self.exact = model if float32 else copy.deepcopy(model).float()
+        self.channels = config.layers * (config.order - 1) * config.width
+        if self.device.type == "cuda":
+            # Of two kernels that wait, the device starts the one of higher priority: steps before tiles.
+            self.main = torch.cuda.Stream(priority=-5)
+            self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
+        with torch.inference_mode(False), torch.no_grad():
+            self._filters = [block.mixer.filter for block in self.exact.blocks]
+            self.near = torch.empty(0, device=self.device)
+            near_taps = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
+            skip = torch.cat([block.mixer.skip for block in self.exact.blocks]).float()
+            self.near = near_taps
+            layers = [_layer(model, exact) for model, exact in zip(model.blocks, self.exact.blocks, strict=True)]
+            norm = _pair(self.exact.norm)
+            self.step = GpuStep(
+                layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), skip + near_taps[0],
+                near_taps, order=config.order, eps=config.norm_eps, block=GRAPH, shapes=shapes, pdl=pdl,
+            )  # fmt: skip
+        budget = self._budget() if spectra_bytes is None else spectra_bytes
+        self.ffts: dict[int, TileFFT] = {}
+        size = near
+        while size < length:
+            self.ffts[size] = fft = TileFFT(size, self.padded)
+            ks, cost = ((1, 2) if self.bounded else (0,)), self.channels * (size + 1) * 8
+            if size <= length // 2 and len(ks) * cost <= budget:
+                budget -= len(ks) * cost
+                for k in ks:
+                    fft.prepare(k, self.channels, config.width)
+            size *= 2
+        self._warm()
+
+    def _budget(self) -> int:
+        """Bytes for stored spectra: what the device has left beside one run's state and 3 GiB for work, 24 GiB at most.
+
+        Raises PlanError if the state alone does not fit.
+        """
+        if self.device.type != "cuda":
+            return 1 << 30
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        row = self.channels * self.dtype.itemsize
+        left = free - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
+        if left < 0:
+            raise PlanError(
+                f"{self.length} positions need {self.length * row / 2**30:.1f} GiB of mixer state and 3 GiB for work; "
+                f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
+                f"{max(0, (free - (3 << 30)) // row)} positions would fit, or twice as many with 16-bit state."
+            )
+        return min(left, 24 << 30)
+
+    def taps(self, first: int, stop: int, channels: range) -> Tensor:
+        """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept."""
+        lanes = (self.config.order - 1) * self.config.width
+        parts = []
+        for layer in range(channels.start // lanes, -(-channels.stop // lanes)):
+            low, high = max(channels.start - layer * lanes, 0), min(channels.stop - layer * lanes, lanes)
+            parts.append(self._filters[layer].taps(stop - first, first)[low:high])
+        return torch.cat(parts).float()
+
+    def padded(self, first: int, stop: int, channels: range) -> Tensor:
+        """`taps`, with zeros from the end of the decoder's length on."""
+        last = max(first, min(stop, self.length))
+        rho = self.taps(first, last, channels) if last > first else self.near.new_zeros(len(channels), 0)
+        return torch.nn.functional.pad(rho, (0, stop - last)) if last < stop else rho
+
+    def init(self, prompt: int, new: int) -> GpuRun:
+        """Memory for a prompt and `new` positions after it."""
+        lead = -(-prompt // GRAPH) * GRAPH
+        rows = lead + -(-new // GRAPH) * GRAPH
+        pinned = self.device.type == "cuda"
+        short = torch.stack([block.mixer.short.init(1)[:, 0] for block in self.exact.blocks])
+        return GpuRun(
+            lead=lead,
+            rows=rows,
+            history=torch.zeros(rows + self.near_side, self.channels, dtype=self.dtype, device=self.device),
+            pending=short.contiguous(),
+            clock=torch.full((2,), lead, dtype=torch.long, device=self.device),
+            tokens=torch.full((rows,), -1, dtype=torch.long, device=self.device),
+            host_tokens=torch.full((rows,), -1, dtype=torch.long, pin_memory=pinned),
+            stamps=torch.zeros(rows, dtype=torch.long, device=self.device),
+        )
+
+    @torch.no_grad()
+    def prefill(self, run: GpuRun, prompt: Tensor) -> Tensor:
+        """Reads the prompt [P]: mixer inputs into the rows before `lead`, what they owe into those behind. Logits [V]."""
+        P, lanes = len(prompt), (self.config.order - 1) * self.config.width
+        x = self.exact.embedding(prompt[None])
+        for number, block in enumerate(self.exact.blocks):
+            mixer, D = block.mixer, self.config.width
+            pending = mixer.short.init(1)
+            *gates, v = mixer.short.extend(pending, mixer.in_proj(block.norm1(x))).split(D, dim=2)
+            run.pending[number] = pending[:, 0]
+            for o, gate in enumerate(reversed(gates[1:])):
+                y = (gate * v)[0]
+                first = number * lanes + o * D
+                run.history[run.lead - P : run.lead, first : first + D] = y.to(self.dtype)
+                v = self._causal(run, y, first, P)[None] + mixer.skip[o * D : (o + 1) * D] * y
+            x = x + mixer.out_proj(gates[0] * v)
+            x = x + block.mlp(block.norm2(x))
+        return self.exact.head(self.exact.norm(x[:, -1]))[0]
+
+    def _causal(self, run: GpuRun, y: Tensor, first: int, P: int) -> Tensor:
+        """What y [P, D] gives its own positions, returned, and the rows behind the prompt, added there."""
+        total = min(self.length, P + run.rows - run.lead)
+        n = 1 << (2 * P + (run.rows - run.lead) - 1).bit_length() if P > 1 else 1
+        out = torch.empty_like(y)
+        width = y.shape[1] if P == 1 else max(1, (1 << 26) // n)
+        for c in range(0, y.shape[1], width):
+            cut = slice(c, min(c + width, y.shape[1]))
+            rho = self.padded(0, total, range(first + cut.start, first + cut.stop))
+            if P == 1:
+                z = rho * y[0, cut, None]
+            else:
+                z = torch.fft.irfft(torch.fft.rfft(y[:, cut].T.contiguous(), n=n) * torch.fft.rfft(rho, n=n), n=n)
+            out[:, cut] = z[:, :P].T
+            later = z[:, P:total].T
+            rows = run.history[run.lead : run.lead + later.shape[0], first + cut.start : first + cut.stop]
+            rows += later.to(self.dtype)
+        return out
+
+    def _warm(self) -> None:
+        """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
+        if self.device.type != "cuda":
+            return
+        run, config = self.init(self.near_side, GRAPH), self.config
+        side = GRAPH
+        self.step.x.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.main):
+            while side <= self.near_side:
+                positions(self, self.step, run, side, None)
+                run.clock.fill_(run.lead)
+                side *= 2
+            positions(self, self.step, run, 0, None)
+        for size in self.ffts:
+            widths = {len(cut) for cut in self.pricing.widths(size, self.channels)} if self.bounded else {config.width}
+            for channels in widths:
+                with torch.cuda.stream(self.back if self.bounded else self.main):
+                    for blocks in (1, 2):
+                        places = torch.zeros(blocks * channels, 2 * size, device=self.device)
+                        pack(run.history, 0, min(size, run.rows), range(channels), places[:channels])
+                        y = torch.fft.rfft(places)
+                        again = y[-channels:] if blocks == 2 else None
+                        multiply(y[:channels], y[:channels], y[:channels], add=False, also=again, also_rho=again)
+                        sums = torch.fft.irfft(y[:channels], n=2 * size)
+                        unpack_add(sums, size, run.history, 0, min(size, run.rows), range(channels))
+        torch.cuda.synchronize()
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device, in a line; None if they can."""
+    if device.type != "cuda":
+        return f"the model is on {device}, not on a GPU"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded") -> GpuDecoder:
+    """The model made ready for `length` positions: kept on the model while weights stay the same and it suffices."""
+    version = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    kept = getattr(model, "_gpu_decoder", None)
+    if kept is None or kept[0] != (version, latency) or kept[1].length < length:
+        model._gpu_decoder = None  # type: ignore[assignment]
+        kept = ((version, latency), GpuDecoder(model, length, latency=latency))
+        model._gpu_decoder = kept  # type: ignore[assignment]
+    return kept[1]
+
+
+def positions(
+    decoder: GpuDecoder, step: GpuStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
+    draw: Callable[[Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Launches a graph's positions, and behind the last one's mixer rows the square of that side, on `fork` if given.
+
+    `draw` makes the token from the logits, on the device; None takes the largest.
+    """
+
+    def pay() -> None:
+        tile_rows(run.history, decoder.near, range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side), run.clock[1:])
+
+    def beside() -> None:
+        assert fork is not None
+        fork.wait_event(torch.cuda.current_stream().record_event())
+        with torch.cuda.stream(fork):
+            pay()
+
+    for offset in range(GRAPH):
+        last = offset + 1 == GRAPH
+        after = None if not (last and side) else (pay if fork is None else beside)
+        step.launch(
+            run.history, run.pending, run.clock, run.tokens, run.host_tokens, run.stamps, offset, last=last,
+            after_mixing=after, draw=draw,
+        )  # fmt: skip
+    if side and fork is not None:
+        torch.cuda.current_stream().wait_event(fork.record_event())
+
+
+def _pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight.detach(), module.bias.detach()  # type: ignore[union-attr, return-value]
+
+
+def _narrow(weight: Tensor) -> Tensor:
+    """The same values as bfloat16 if none changes."""
+    narrow = weight.to(torch.bfloat16)
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
+
+
+def _layer(block: Block, exact: Block) -> GpuLayer:
+    def matrix(name: str) -> tuple[Tensor, Tensor]:
+        stored, wide = block.get_submodule(name), exact.get_submodule(name)
+        return _narrow(stored.weight.detach()), wide.bias.detach()
+
+    short = exact.mixer.short
+    return GpuLayer(
+        norm1=_pair(exact.norm1),
+        in_proj=matrix("mixer.in_proj"),
+        short=(short.weight.detach()[:, 0].T.contiguous(), short.bias.detach()),
+        out_proj=matrix("mixer.out_proj"),
+        norm2=_pair(exact.norm2),
+        fc1=matrix("mlp.fc1"),
+        fc2=matrix("mlp.fc2"),
+    )

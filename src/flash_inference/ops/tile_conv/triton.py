@@ -1,0 +1,76 @@
+"""A tile as a direct sum on a GPU: time-major state, all layers in one launch, specialised per side."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def tile_rows(history: Tensor, rho: Tensor, sources: range, targets: range, clock: Tensor) -> None:
+    """history[j] += sum over i of history[i] rho[j - i] for rows i of `sources`, j of `targets`; channels all.
+
+    Both ranges count from the position that `clock` [1] holds on the device, so that one captured launch serves every
+    position. history [rows, C] and rho [taps, C], time-major and contiguous; lags at or above taps pay nothing. Sums in
+    float32. One launch, O(S T) per channel: for sides up to about 256. Every thread owns a channel, holds a few targets
+    and slides a window of taps over the sources. Error at most S eps sum |y| |rho| per element.
+    """
+    S, T, C = len(sources), len(targets), history.shape[1]
+    outs, ins, lanes = shape_for(T)
+    grid = (triton.cdiv(C, lanes), triton.cdiv(T, outs))
+    _tile_rows[grid](
+        history, rho, clock, sources.start, targets.start, S, T, rho.shape[0], C, OUTS=outs, INS=ins, LANES=lanes,
+        TURNS=triton.cdiv(S, ins), num_warps=max(1, lanes // 32),
+    )  # fmt: skip
+
+
+def shape_for(targets: int) -> tuple[int, int, int]:
+    """(targets a thread, sources a turn, channels a program): measured on an H100, not critical within 20 percent."""
+    if targets >= 64:
+        return 32, 16, 64
+    return (8, 16, 64) if targets >= 32 else (4, 16, 64)
+
+
+@triton.jit(do_not_specialize=["source", "target"])
+def _tile_rows(
+    history,
+    rho,
+    clock,
+    source,
+    target,
+    S,
+    T,
+    taps,
+    C,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+    LANES: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = lane < C
+    first = tl.program_id(1) * OUTS
+    now = tl.load(clock)
+    y = history + (now + source) * C + lane
+    lag = target - source + first
+    sums = ()
+    for _ in tl.static_range(OUTS):
+        sums = sums + (tl.zeros([LANES], tl.float32),)
+    for turn in range(TURNS):
+        start = turn * INS
+        low = lag - start - INS + 1
+        window = ()
+        for w in tl.static_range(OUTS + INS - 1):
+            known = inside & (low + w >= 1) & (low + w < taps)
+            window = window + (tl.load(rho + tl.cast(low + w, tl.int64) * C + lane, known, 0.0).to(tl.float32),)
+        for i in tl.static_range(INS):
+            given = tl.load(y + tl.cast(start + i, tl.int64) * C, inside & (start + i < S), 0.0).to(tl.float32)
+            more = ()
+            for o in tl.static_range(OUTS):
+                more = more + (sums[o] + given * window[o - i + INS - 1],)
+            sums = more
+    z = history + (now + target + first) * C + lane
+    for o in tl.static_range(OUTS):
+        wanted = inside & (first + o < T)
+        at = z + tl.cast(o, tl.int64) * C
+        tl.store(at, (tl.load(at, wanted, 0.0).to(tl.float32) + sums[o]).to(history.dtype.element_ty), wanted)

@@ -1,0 +1,91 @@
+"""Which chunk of which large tile runs between two graphs: earliest deadline first, on a budget that meets them all."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from .tile import Rectangle
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Chunk:
+    """Some channels of a tile from `blocks` blocks of `size` sources before `row`.
+
+    It must have run when `due` positions are known; `cost` is an estimate in microseconds.
+    """
+
+    due: int
+    size: int
+    row: int
+    channels: range = field(compare=False)
+    blocks: int = field(compare=False)
+    targets: range = field(compare=False)
+    cost: float = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """How tiles are cut: into chunks of about `target` microseconds, at `points` (V x channels) a microsecond."""
+
+    target: float = 60.0
+    points: float = 20_000.0
+
+    def rate(self, size: int) -> float:
+        """Points a microsecond; the largest transforms take more passes."""
+        return self.points / (1.0 if size < 32768 else 1.4)
+
+    def widths(self, size: int, channels: int) -> list[range]:
+        """The channels of each chunk of a tile of that size."""
+        width = max(32, int(self.target * self.rate(size) / size) // 32 * 32)
+        return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
+
+    def cut(self, tile: Rectangle, channels: int, early: int) -> list[Chunk]:
+        """The chunks of a tile from whole V-blocks, V = its slack, for `channels` channels, due `early` steps early."""
+        size, blocks = tile.slack, -(-len(tile.sources) // tile.slack)
+        rate, cuts = self.rate(size), self.widths(size, channels)
+        due, row = tile.due - early, tile.sources.stop
+        return [
+            Chunk(due, size, row, cut, blocks, tile.targets, len(cut) * size * (1 + blocks) / 2 / rate) for cut in cuts
+        ]
+
+
+class Schedule:
+    """The chunks that wait, and how many to release at each boundary.
+
+    At a boundary with n positions known, enough work is released that every deadline can be met at an even pace with
+    `margin` to spare: for each deadline, the work due by then over the boundaries left until it. A chunk whose deadline
+    comes before the next boundary is released at once and counted in `forced` if it had to wait for that.
+    """
+
+    def __init__(self, every: int, margin: float = 1.3) -> None:
+        self.every, self.margin = every, margin
+        self.forced = 0
+        self._heap: list[Chunk] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, chunks: list[Chunk]) -> None:
+        """More work that may start now."""
+        for chunk in chunks:
+            heapq.heappush(self._heap, chunk)
+
+    def release(self, n: int) -> list[Chunk]:
+        """What to run from this boundary on, earliest deadline first."""
+        budget, work = 0.0, 0.0
+        for chunk in sorted(self._heap):
+            work += chunk.cost
+            budget = max(budget, work * self.every / max(chunk.due - n - self.every, self.every))
+        budget *= self.margin
+        released: list[Chunk] = []
+        spent = 0.0
+        while self._heap:
+            forced = self._heap[0].due < n + 2 * self.every
+            if not forced and spent >= budget:
+                break
+            chunk = heapq.heappop(self._heap)
+            self.forced += forced and spent >= budget
+            spent += chunk.cost
+            released.append(chunk)
+        return released
