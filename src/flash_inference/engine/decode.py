@@ -62,13 +62,13 @@ def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None)
     device = model.embedding.weight.device
     if device.type == "cuda":
         try:
-            from flash_inference.models.gpu import gpu_decoder, unusable
-
-            reason = unusable(device)
+            from flash_inference.models import gpu
         except ImportError as error:
             reason = f"{error}; pip install triton"
-        if reason is None:
-            return gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded")
+        else:
+            reason = gpu.unusable(model.embedding.weight)
+            if reason is None:
+                return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded")
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
     return model.decoder(length)
 

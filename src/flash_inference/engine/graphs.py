@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,14 @@ class GpuLoop:
     ) -> None:  # fmt: skip
         if len(prompt) + new - 1 > decoder.length:
             raise LengthError(
-                f"a prompt of {len(prompt)} and {new} new tokens need {len(prompt) + new - 1} positions; the decoder has "
-                f"{decoder.length}. Shorten the prompt, or ask for fewer new tokens."
+                f"a prompt of {len(prompt)} and {new} new tokens need {len(prompt) + new - 1} positions; "
+                f"the decoder has {decoder.length}. Shorten the prompt, or ask for fewer new tokens."
             )
         self.decoder, self.new, self.graphs, self.mixing = decoder, new, graphs, mixing
         self.device = decoder.device
         self.run = decoder.init(len(prompt), max(new - 1, 1))
         logits = decoder.prefill(self.run, prompt.to(self.device))
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(logits.max()):
             raise NumericsError("the logits after the prompt are not finite. Check the weights and the filter.")
         self.step, self.draw, self.generator = decoder.step.fork(), draw, generator
         self.logits = logits
@@ -57,8 +58,8 @@ class GpuLoop:
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
             self.main, self.side, self.back = decoder.main, decoder.side, decoder.back
-            self._ends: list[tuple[int, torch.cuda.Event]] = []
-            self._paced: deque[torch.cuda.Event] = deque()
+            self._ends: list[tuple[int, Any]] = []
+            self._paced: deque[Any] = deque()
             torch.cuda.synchronize()
 
     def _embed(self, token: int) -> None:
@@ -116,8 +117,12 @@ class GpuLoop:
         for index in range(self.new - 1):
             while self.launched < min(self.count, index // GRAPH + AHEAD):
                 self.launch()
+            spins = 0
             while log[lead + index] == -1:
-                time.sleep(0) if self.device.type == "cuda" else None
+                spins += 1
+                if spins % 10_000 == 0:
+                    self.main.query()  # raises if the device has failed
+                time.sleep(0)
             token = int(log[lead + index])
             if token == -2:
                 raise NumericsError(
@@ -209,7 +214,7 @@ class GpuLoop:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             if self.generator is not None:
-                graph.register_generator_state(self.generator)
+                graph.register_generator_state(self.generator)  # pyright: ignore[reportUnknownMemberType]
             with torch.cuda.graph(graph, stream=self.main):
                 positions(self.decoder, self.step, self.run, side, self.side, self.draw)
             self._captured[side] = graph

@@ -14,6 +14,6 @@ class ExplicitFilter(nn.Module):
         self.channels, self.length = channels, length
         self.rho = nn.Parameter(torch.randn(channels, length) / length**0.5)
 
-    def taps(self, n: int, start: int = 0) -> Tensor:
-        """Taps start .. start + n - 1 as [channels, n]."""
-        return self.rho[:, start : start + n]
+    def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
+        """Taps start .. start + n - 1 of some channels as [channels, n]."""
+        return self.rho[channels, start : start + n]

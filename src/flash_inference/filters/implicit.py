@@ -52,20 +52,29 @@ class ImplicitFilter(nn.Module):
         phase = bands * (2 * math.pi / self.length) * k
         return torch.cat([s, torch.cos(phase), -torch.sin(phase)], dim=1)
 
-    def taps(self, n: int, start: int = 0) -> Tensor:
-        """Taps start .. start + n - 1 as [channels, n], in the parameters' dtype but at least float32.
+    def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
+        """Taps start .. start + n - 1 of some channels as [channels, n], in the parameters' dtype but at least float32.
 
         Cost O(n * (width^2 * inner + width * channels)). Tap k does not depend on n, so that prefixes agree.
         """
+        return self.mixed(self.hidden(n, start), n, start, channels)
+
+    def hidden(self, n: int, start: int = 0) -> Tensor:
+        """The sine MLP's last hidden layer [n, width], which all channels share."""
         dtype = torch.float64 if self.freq.dtype == torch.float64 else torch.float32
         with torch.autocast(self.freq.device.type, enabled=False):
-            z = self.features(n, start)
-            s = z[:, 0]
-            h, freq = z.to(dtype), self.freq.to(dtype)
+            h, freq = self.features(n, start).to(dtype), self.freq.to(dtype)
             for linear in self.linears:
                 h = torch.sin(freq * nn.functional.linear(h, linear.weight.to(dtype), linear.bias.to(dtype)))
-            rho = self.out.weight.to(dtype) @ h.T
+        return h
+
+    def mixed(self, h: Tensor, n: int, start: int, channels: slice) -> Tensor:
+        """Taps of some channels from the hidden layer at the same positions: a mixture of its columns, windowed."""
+        with torch.autocast(self.freq.device.type, enabled=False):
+            rho = self.out.weight[channels].to(h.dtype) @ h.T
             if self.modulate:
-                window = torch.exp(-self.deltas.to(torch.float64).abs()[:, None] * s) + self.shift
-                rho = rho * window.to(dtype)
+                k = torch.arange(start, start + n, device=h.device, dtype=torch.float64)
+                s = k / max(self.length - 1, 1)
+                window = torch.exp(-self.deltas[channels].to(torch.float64).abs()[:, None] * s) + self.shift
+                rho = rho * window.to(h.dtype)
         return rho

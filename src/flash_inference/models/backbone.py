@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class LanguageModel(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._decoder: tuple[object, Decoder] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the decoders, which belong to this model's own weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "_gpu_decoder"} | {"_decoder": None}
 
     @property
     def tokens(self) -> Table:

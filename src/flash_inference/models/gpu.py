@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import LengthError, PlanError
-from flash_inference.ops.decode_step.triton import GpuLayer, GpuStep, Shapes
+from flash_inference.filters import ImplicitFilter
+from flash_inference.ops.decode_step.triton import GpuLayer, GpuStep, Shapes, next_power
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Pricing
@@ -52,7 +53,8 @@ class GpuDecoder:
 
     def __init__(
         self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
-        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded", dtype: torch.dtype = torch.float32, pricing: Pricing | None = None,
+        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded",
+        dtype: torch.dtype = torch.float32, pricing: Pricing | None = None,
     ) -> None:  # fmt: skip
         config = model.config
         if length > config.length:
@@ -70,12 +72,13 @@ class GpuDecoder:
             self.main = torch.cuda.Stream(priority=-5)
             self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
         with torch.inference_mode(False), torch.no_grad():
+            self._hidden: dict[tuple[int, int, int], Tensor] = {}
             self._filters = [block.mixer.filter for block in self.exact.blocks]
             self.near = torch.empty(0, device=self.device)
             near_taps = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
             skip = torch.cat([block.mixer.skip for block in self.exact.blocks]).float()
             self.near = near_taps
-            layers = [_layer(model, exact) for model, exact in zip(model.blocks, self.exact.blocks, strict=True)]
+            layers = [_layer(block) for block in self.exact.blocks]
             norm = _pair(self.exact.norm)
             self.step = GpuStep(
                 layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), skip + near_taps[0],
@@ -84,10 +87,11 @@ class GpuDecoder:
         budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
         size = near
-        while size < length:
+        top = next_power(length) // (4 if self.bounded else 2)
+        while size <= top:
             self.ffts[size] = fft = TileFFT(size, self.padded)
             ks, cost = ((1, 2) if self.bounded else (0,)), self.channels * (size + 1) * 8
-            if size <= length // 2 and len(ks) * cost <= budget:
+            if len(ks) * cost <= budget:
                 budget -= len(ks) * cost
                 for k in ks:
                     fft.prepare(k, self.channels, config.width)
@@ -95,7 +99,7 @@ class GpuDecoder:
         self._warm()
 
     def _budget(self) -> int:
-        """Bytes for stored spectra: what the device has left beside one run's state and 3 GiB for work, 24 GiB at most.
+        """Bytes for stored spectra: what the device has left beside one run's state and 3 GiB for work.
 
         Raises PlanError if the state alone does not fit.
         """
@@ -111,7 +115,7 @@ class GpuDecoder:
                 f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
                 f"{max(0, (free - (3 << 30)) // row)} positions would fit, or twice as many with 16-bit state."
             )
-        return min(left, 24 << 30)
+        return left
 
     def taps(self, first: int, stop: int, channels: range) -> Tensor:
         """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept."""
@@ -119,8 +123,20 @@ class GpuDecoder:
         parts = []
         for layer in range(channels.start // lanes, -(-channels.stop // lanes)):
             low, high = max(channels.start - layer * lanes, 0), min(channels.stop - layer * lanes, lanes)
-            parts.append(self._filters[layer].taps(stop - first, first)[low:high])
+            parts.append(self._some_taps(layer, first, stop, slice(low, high)))
         return torch.cat(parts).float()
+
+    def _some_taps(self, layer: int, first: int, stop: int, channels: slice) -> Tensor:
+        """Chunks of a large tile ask for a few channels of one layer after the other: the hidden layer is kept."""
+        filter = self._filters[layer]
+        if not isinstance(filter, ImplicitFilter):
+            return filter.taps(stop - first, first, channels)
+        key = (layer, first, stop)
+        if key not in self._hidden:
+            while len(self._hidden) > 1:
+                del self._hidden[next(iter(self._hidden))]
+            self._hidden[key] = filter.hidden(stop - first, first)
+        return filter.mixed(self._hidden[key], stop - first, first, channels)
 
     def padded(self, first: int, stop: int, channels: range) -> Tensor:
         """`taps`, with zeros from the end of the decoder's length on."""
@@ -147,7 +163,7 @@ class GpuDecoder:
 
     @torch.no_grad()
     def prefill(self, run: GpuRun, prompt: Tensor) -> Tensor:
-        """Reads the prompt [P]: mixer inputs into the rows before `lead`, what they owe into those behind. Logits [V]."""
+        """Reads the prompt [P] -> logits [V]: mixer inputs before row `lead`, what they owe behind it."""
         P, lanes = len(prompt), (self.config.order - 1) * self.config.width
         x = self.exact.embedding(prompt[None])
         for number, block in enumerate(self.exact.blocks):
@@ -169,7 +185,7 @@ class GpuDecoder:
         total = min(self.length, P + run.rows - run.lead)
         n = 1 << (2 * P + (run.rows - run.lead) - 1).bit_length() if P > 1 else 1
         out = torch.empty_like(y)
-        width = y.shape[1] if P == 1 else max(1, (1 << 26) // n)
+        width = max(1, min(y.shape[1], (1 << 26) // total)) if P == 1 else max(1, (1 << 26) // n)
         for c in range(0, y.shape[1], width):
             cut = slice(c, min(c + width, y.shape[1]))
             rho = self.padded(0, total, range(first + cut.start, first + cut.stop))
@@ -212,8 +228,11 @@ class GpuDecoder:
         torch.cuda.synchronize()
 
 
-def unusable(device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device, in a line; None if they can."""
+def unusable(weight: Tensor) -> str | None:
+    """Why these kernels cannot run a model with such weights, in a line; None if they can."""
+    device = weight.device
+    if weight.dtype == torch.float64:
+        return "they compute in float32, and the model is float64"
     if device.type != "cuda":
         return f"the model is on {device}, not on a GPU"
     if torch.cuda.get_device_capability(device)[0] < 8:
@@ -271,10 +290,10 @@ def _narrow(weight: Tensor) -> Tensor:
     return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
 
 
-def _layer(block: Block, exact: Block) -> GpuLayer:
+def _layer(exact: Block) -> GpuLayer:
     def matrix(name: str) -> tuple[Tensor, Tensor]:
-        stored, wide = block.get_submodule(name), exact.get_submodule(name)
-        return _narrow(stored.weight.detach()), wide.bias.detach()
+        weight, bias = _pair(exact.get_submodule(name))
+        return _narrow(weight), bias
 
     short = exact.mixer.short
     return GpuLayer(

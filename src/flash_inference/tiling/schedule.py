@@ -37,7 +37,8 @@ class Pricing:
 
     def widths(self, size: int, channels: int) -> list[range]:
         """The channels of each chunk of a tile of that size."""
-        width = max(32, int(self.target * self.rate(size) / size) // 32 * 32)
+        width = max(8, int(self.target * self.rate(size) / size))
+        width = width // 32 * 32 if width >= 32 else width // 8 * 8
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
     def cut(self, tile: Rectangle, channels: int, early: int) -> list[Chunk]:
@@ -62,6 +63,7 @@ class Schedule:
         self.every, self.margin = every, margin
         self.forced = 0
         self._heap: list[Chunk] = []
+        self._work: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -70,22 +72,27 @@ class Schedule:
         """More work that may start now."""
         for chunk in chunks:
             heapq.heappush(self._heap, chunk)
+            self._work[chunk.due] = self._work.get(chunk.due, 0.0) + chunk.cost
 
     def release(self, n: int) -> list[Chunk]:
-        """What to run from this boundary on, earliest deadline first."""
+        """What to run from this boundary on, earliest deadline first. Cost: a few steps a deadline, not a chunk."""
         budget, work = 0.0, 0.0
-        for chunk in sorted(self._heap):
-            work += chunk.cost
-            budget = max(budget, work * self.every / max(chunk.due - n - self.every, self.every))
+        for due in sorted(self._work):
+            work += self._work[due]
+            budget = max(budget, work * self.every / max(due - n - self.every, self.every))
         budget *= self.margin
         released: list[Chunk] = []
         spent = 0.0
         while self._heap:
-            forced = self._heap[0].due < n + 2 * self.every
+            due = self._heap[0].due
+            forced = due < n + 2 * self.every
             if not forced and spent >= budget:
                 break
             chunk = heapq.heappop(self._heap)
             self.forced += forced and spent >= budget
             spent += chunk.cost
+            self._work[due] -= chunk.cost
+            if not self._heap or self._heap[0].due != due:
+                del self._work[due]
             released.append(chunk)
         return released

@@ -10,6 +10,9 @@ one buffer of the mixers, time-major [rows, M D]: a row holds partial sums until
 afterwards. `near` [BLOCK, M D] are the first taps: pairs inside an aligned block of BLOCK positions are paid inline.
 """
 
+# Triton gives its decorators, launches and ranges no types that a checker could follow.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import copy
@@ -252,6 +255,11 @@ class Shapes:
     fc2: tuple[int, int] = (4, 2)
     head: tuple[int, int] = (32, 4)
 
+    @classmethod
+    def fit(cls, width: int) -> Shapes:
+        """For a model of that width: narrow ones take fewer rows a program, so that enough programs run."""
+        return cls() if width >= 512 else cls(out=(2, 1), fc1=(8, 4), fc2=(2, 1), head=(16, 4))
+
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
@@ -289,8 +297,8 @@ class GpuStep:
     ) -> None:
         self.layers, self.norm, self.embedding, self.head_weight = layers, norm, embedding, head_weight
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
-        self.shapes, self.pdl = shapes or Shapes(), pdl
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
+        self.shapes, self.pdl = shapes or Shapes.fit(self.width), pdl
         self.inner = layers[0].fc1[0].shape[0]
         self.taps = layers[0].short[0].shape[0]
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
@@ -380,5 +388,6 @@ class GpuStep:
         choose_and_embed[(1,)](
             self.best, self.best_at, self.token, self.embedding, self.x, clock, tokens, host_tokens, stamps, offset,
             self.programs, self.vocab, self.block, D=D, K=next_power(D), PIECES=next_power(self.programs),
-            GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda, num_warps=4,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

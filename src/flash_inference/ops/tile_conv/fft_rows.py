@@ -1,5 +1,8 @@
 """Large tiles on time-major state: transposed into scratch by channels, transformed there, added back."""
 
+# Triton gives its decorators, launches and ranges no types that a checker could follow.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 def pack(history: Tensor, start: int, n: int, channels: range, out: Tensor) -> None:
-    """out[c, :n] = history[start : start + n, channels[c]] as float32, zeros behind. history [rows, C]; out [c, places]."""
+    """out[c, :n] = history[start : start + n, channels[c]] in float32, then zeros; history [rows, C]."""
     grid = (triton.cdiv(out.shape[1], 64), triton.cdiv(len(channels), 64))
     _pack[grid](
         history, out, start, n, channels.start, len(channels), out.shape[1], history.shape[1], num_warps=8, SIDE=64

@@ -1,0 +1,242 @@
+"""The mixers' kernels on a GPU against float64, in memory that is NaN where they must write or must not read."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("gpu: no CUDA device here, or Triton's interpreter is on", allow_module_level=True)
+pytest.importorskip("triton")
+
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
+from flash_inference.ops.tile_conv.triton import tile_rows
+from flash_inference.testing import storage_bound
+from flash_inference.testing.bounds import FFT_CONSTANT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_memory")]
+
+CUDA = torch.device("cuda")
+EPS = torch.finfo(torch.float32).eps
+NAN = float("nan")
+FAR = 2**31
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal, and NaN at the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def owed(y: Tensor, rho: Tensor, lag: int, targets: int) -> Tensor:
+    """What y [S, C] owes `targets` rows [T, C] under taps rho [taps, C], the nearest pair `lag` apart: float64."""
+    S, C = y.shape
+    out = torch.zeros(targets, C, dtype=torch.float64, device=y.device)
+    taps = torch.nn.functional.pad(rho.double(), (0, 0, 0, max(0, lag + S + targets - len(rho))))
+    for j in range(targets):
+        window = taps[lag + j : lag + j + S].flip(0)
+        out[j] = (y.double() * window).sum(0)
+    return out
+
+
+def test_fresh_memory_is_nan() -> None:
+    assert torch.empty(1000, device=CUDA).isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+def check_rows(history: Tensor, at: int, sources: range, targets: range, taps: int) -> None:
+    """Fills sources and targets of a history that is NaN elsewhere, pays, and compares with float64."""
+    C, dtype = history.shape[1], history.dtype
+    given, paid = history[at + sources.start : at + sources.stop], history[at + targets.start : at + targets.stop]
+    given.copy_(torch.randn(given.shape, device=CUDA))
+    paid.copy_(torch.randn(paid.shape, device=CUDA))
+    y, before = given.clone(), paid.clone()
+    margin = torch.full((taps + 64, C), NAN, device=CUDA)
+    rho = margin[32 : 32 + taps]
+    rho.copy_(torch.randn(rho.shape, device=CUDA))
+    around = history[max(0, at + sources.start - 64) : at + targets.stop + 64].clone()
+    tile_rows(history, rho, sources, targets, torch.tensor([at], device=CUDA))
+    lag = targets.start - sources.stop + 1
+    exact = owed(y, rho, lag, len(targets))
+    bound = len(sources) * EPS * owed(y.abs(), rho.abs(), lag, len(targets))
+    bound += storage_bound(before, exact, torch.finfo(dtype).eps)
+    assert ((paid.double() - before.double() - exact).abs() <= bound).all()
+    paid.copy_(before)
+    assert same(history[max(0, at + sources.start - 64) : at + targets.stop + 64], around)
+
+
+@dtypes
+@pytest.mark.parametrize("side", [1, 5, 16, 32, 64, 100, 128, 256])
+@pytest.mark.parametrize("channels", [1, 7, 64, 771])
+def test_tile_is_its_direct_sum(side: int, channels: int, dtype: torch.dtype) -> None:
+    history = torch.full((2 * side + 100, channels), NAN, dtype=dtype, device=CUDA)
+    check_rows(history, 48, range(16 - side, 16) if side <= 64 else range(side), span_after(side), 2 * side + 1)
+
+
+def span_after(side: int) -> range:
+    return range(16, 16 + side) if side <= 64 else range(side, 2 * side)
+
+
+@pytest.mark.parametrize(("sources", "targets", "gap", "taps"), [(3, 200, 0, 90), (200, 3, 5, 300), (64, 64, 64, 100)])
+def test_tile_of_other_shapes(sources: int, targets: int, gap: int, taps: int) -> None:
+    history = torch.full((600, 33), NAN, device=CUDA)
+    check_rows(history, 16, range(sources), range(sources + gap, sources + gap + targets), taps)
+
+
+def far_history(channels: int, rows: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """More than 2^31 elements; only the last rows will be looked at."""
+    rows = rows or FAR // channels + 2000
+    assert rows * channels > FAR
+    if torch.cuda.mem_get_info()[0] < rows * channels * dtype.itemsize + (2 << 30):
+        pytest.skip("less free memory than this test needs")
+    return torch.full((rows, channels), NAN, dtype=dtype, device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("channels", [1024, 18433])
+def test_tile_beyond_32_bit_offsets(channels: int, dtype: torch.dtype) -> None:
+    history = far_history(channels, dtype=dtype)
+    at = len(history) - 600
+    check_rows(history, at, range(0, 256), range(256, 512), 513)
+    assert history[: at // 2 : 997].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------- transposes, products
+
+
+def check_pack(history: Tensor, start: int, n: int, channels: range, places: int) -> None:
+    cut = history[start : start + n, channels.start : channels.stop]
+    cut.copy_(torch.randn(cut.shape, device=CUDA))
+    out = torch.empty(len(channels), places, device=CUDA)
+    pack(history, start, n, channels, out)
+    assert torch.equal(out[:, :n], cut.T.float())
+    assert not out[:, n:].any()
+
+
+def check_unpack(history: Tensor, start: int, n: int, channels: range, skip: int, places: int) -> None:
+    cut = history[start : start + n, channels.start : channels.stop]
+    cut.copy_(torch.randn(cut.shape, device=CUDA))
+    low, high = max(0, start - 70), start + n + 70
+    before, around = cut.clone(), history[low:high].clone()
+    sums = torch.full((len(channels), places), NAN, device=CUDA)
+    sums[:, skip : skip + n] = torch.randn(len(channels), n, device=CUDA)
+    added = sums[:, skip : skip + n].T
+    unpack_add(sums, skip, history, start, n, channels)
+    exact = before.double() + added.double()
+    bound = storage_bound(before, added, torch.finfo(history.dtype).eps)
+    assert ((cut.double() - exact).abs() <= bound).all()
+    cut.copy_(before)
+    assert same(history[low:high], around)
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "places"), [(1, 2), (63, 130), (64, 128), (1000, 2048)])
+@pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(64, 257)])
+def test_pack_and_unpack(n: int, places: int, channels: range, dtype: torch.dtype) -> None:
+    history = torch.full((n + 200, 259), NAN, dtype=dtype, device=CUDA)
+    check_pack(history, 77, n, channels, places)
+    check_unpack(history, 77, n, channels, places - n, places)
+
+
+@pytest.mark.parametrize("channels", [1024, 18433])
+def test_pack_and_unpack_beyond_32_bit_offsets(channels: int) -> None:
+    history = far_history(channels)
+    start, cut = len(history) - 1000, range(channels - 67, channels)
+    check_pack(history, start, 512, cut, 1024)
+    check_unpack(history, start, 512, cut, 512, 1024)
+    assert history[: start // 2 : 997].isnan().all()
+
+
+def test_scratch_beyond_32_bit_offsets() -> None:
+    """Channels times places past 2^31: the last channels are written where they belong, and read from there."""
+    places, channels = 1 << 20, 2050
+    if torch.cuda.mem_get_info()[0] < (4 * places + 8) * channels + (2 << 30):
+        pytest.skip("less free memory than this test needs")
+    history = torch.randn(40, channels, device=CUDA)
+    out = torch.empty(channels, places, device=CUDA)
+    pack(history, 4, 20, range(channels), out)
+    assert torch.equal(out[:, :20], history[4:24].T)
+    assert not out[-3:, 20:].any()
+    out[:, -20:] = out[:, :20]
+    before = history.clone()
+    unpack_add(out, places - 20, history, 4, 20, range(channels))
+    before[4:24] *= 2
+    assert torch.equal(history, before)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1023), (33, 4097)])
+def test_multiply(shape: tuple[int, int], second: bool, add: bool) -> None:
+    y, rho, also, also_rho = (torch.randn(shape, dtype=torch.complex64, device=CUDA) for _ in range(4))
+    out = torch.randn_like(y) if add else torch.full_like(y, complex(NAN, NAN))
+    before = out.clone()
+    multiply(y, rho, out, add=add, also=also if second else None, also_rho=also_rho if second else None)
+    terms = [y.to(torch.complex128) * rho]
+    terms += [also.to(torch.complex128) * also_rho] if second else []
+    terms += [before.to(torch.complex128)] if add else []
+    # A real part is a sum of at most 5 terms: one rounding a product, one an addition, eps / 2 each.
+    bound = 4 * EPS * sum(term.abs() for term in terms)
+    assert ((out - sum(terms)).abs() <= bound).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- large tiles
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("blocks", "gap"), [(1, 0), (1, 1), (2, 1), (3, 1)])
+@pytest.mark.parametrize("size", [256, 1024, 8192, 65536])
+def test_tile_by_fft(size: int, blocks: int, gap: int, dtype: torch.dtype, kept: bool) -> None:
+    """Some of 13 channels, targets clipped to an odd number; the sums in float64, by FFT in float64."""
+    C, channels, targets, row = 13, range(2, 9), size - 37, blocks * size + 5
+    start, inside = row + gap * size, slice(2, 9)
+    taps = (blocks + gap + 1) * size - size // 3
+    padded = torch.nn.functional.pad(torch.randn(C, taps, device=CUDA), (0, 2 * size))
+    fft = TileFFT(size, lambda first, stop, cut: padded[cut.start : cut.stop, first:stop])
+    if kept:
+        for k in range(gap, gap + blocks):
+            fft.prepare(k, C, 5)
+    history = torch.full((start + targets + 100, C), NAN, dtype=dtype, device=CUDA)
+    history[5:row, inside] = torch.randn(row - 5, len(channels), device=CUDA).to(dtype)
+    history[start : start + targets, inside] = torch.randn(targets, len(channels), device=CUDA).to(dtype)
+    whole = history.clone()
+    fft.pay(history, row, blocks, range(start, start + targets), channels)
+    y, before = whole[5:row, inside], whole[start : start + targets, inside]
+    n = 4 * (blocks + gap + 2) * size
+    wide = torch.fft.rfft(y.T.double(), n=n) * torch.fft.rfft(padded[inside].double(), n=n)
+    first = len(y) + gap * size
+    exact = torch.fft.irfft(wide, n=n)[:, first : first + targets].T
+    bound = storage_bound(before, exact, torch.finfo(dtype).eps)
+    for b in range(blocks):
+        window = padded[inside, (b + gap) * size : (b + gap + 2) * size].double()
+        part = y[(blocks - b - 1) * size : (blocks - b) * size].double()
+        bound = bound + FFT_CONSTANT * EPS * torch.tensor(2.0 * size).log2() * part.norm(dim=0) * window.norm(dim=1)
+    got = history[start : start + targets, inside].double()
+    assert ((got - before.double() - exact).abs() <= bound).all()
+    history[start : start + targets, inside] = before
+    assert same(history, whole)
+
+
+def test_tile_by_fft_beyond_32_bit_offsets() -> None:
+    C, size = 1024, 256
+    history, padded = far_history(C), torch.randn(C, 4 * size, device=CUDA)
+    row = len(history) - 4 * size
+    history[row - size :] = torch.randn(5 * size, C, device=CUDA)
+    whole = history[row - size :].clone()
+    fft = TileFFT(size, lambda first, stop, cut: padded[cut.start : cut.stop, first:stop])
+    fft.pay(history, row, 1, range(row + size, row + 2 * size), range(C - 33, C))
+    y, rho = whole[:size, C - 33 :], padded[C - 33 :].T
+    exact = owed(y, rho, size + 1, size)
+    bound = storage_bound(whole[2 * size : 3 * size, C - 33 :], exact, EPS)
+    bound = bound + FFT_CONSTANT * EPS * 9 * y.double().norm(dim=0) * rho[size : 3 * size].double().norm(dim=0)
+    got = history[row + size : row + 2 * size, C - 33 :]
+    assert ((got.double() - whole[2 * size : 3 * size, C - 33 :].double() - exact).abs() <= bound).all()
+    got.copy_(whole[2 * size : 3 * size, C - 33 :])
+    assert same(history[row - size :], whole)

@@ -1,0 +1,554 @@
+"""The GPU's kernels and its loop on a CPU, through Triton's interpreter: every number, at sizes that it bears."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from statistics import NormalDist
+
+import pytest
+import torch
+from torch import Tensor
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
+os.environ.setdefault("TRITON_INTERPRET", "1")
+triton = pytest.importorskip("triton")
+if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
+    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+from flash_inference import FilterConfig, LanguageModel  # noqa: E402
+from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
+from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
+from flash_inference.errors import LengthError, NumericsError, TilingError  # noqa: E402
+from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
+from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
+from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
+from flash_inference.testing import (  # noqa: E402
+    direct_bound,
+    fft_bound,
+    greedy_differences,
+    random_model,
+    storage_bound,
+    tile_conv_oracle,
+)
+from flash_inference.testing.ties import FACTOR  # noqa: E402
+from flash_inference.tiling import Blocked, Relaxed  # noqa: E402
+
+EPS = torch.finfo(torch.float32).eps
+NAN = float("nan")
+slow = pytest.mark.slow
+SOME = Shapes(mix=(8, 1), out=(8, 4), fc1=(32, 4), fc2=(8, 2), head=(16, 4))
+FEW = Shapes(mix=(16, 1), out=(16, 4), fc1=(64, 4), fc2=(16, 2), head=(32, 4))
+"""One large program a kernel: the interpreter runs them one by one."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_fresh_memory_is_nan() -> None:
+    assert torch.empty(5).isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+def check_rows(
+    sources: range, targets: range, channels: int, taps: int, at: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Rows around sources and targets are NaN and stay as they are; so are taps around the given ones."""
+    first, last = sources.start + at, targets.stop + at
+    history = torch.full((last + 3, channels), NAN, dtype=dtype)
+    y = torch.randn(len(sources), 1, channels).to(dtype)
+    before = torch.randn(len(targets), 1, channels).to(dtype)
+    history[first : sources.stop + at] = y[:, 0]
+    history[targets.start + at : last] = before[:, 0]
+    whole = history.clone()
+    buffer = torch.full((taps + 8, channels), NAN)
+    rho = buffer[4 : 4 + taps]
+    rho.copy_(torch.randn(taps, channels))
+    tile_rows(history, rho, sources, targets, torch.tensor([at]))
+    lag = targets.start - sources.stop + 1
+    owed = tile_conv_oracle(y, rho.T, lag, len(targets))
+    bound = direct_bound(y, rho.T, lag, len(targets), EPS) + storage_bound(before, owed, torch.finfo(dtype).eps)
+    got = history[targets.start + at : last, None].double()
+    assert ((got - before.double() - owed).abs() <= bound).all()
+    history[targets.start + at : last] = whole[targets.start + at : last]
+    assert torch.equal(history.nan_to_num(77.0), whole.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("side", [1, 5, 16, 33])
+@pytest.mark.parametrize("channels", [1, 7, 65])
+def test_tile_is_its_direct_sum(side: int, channels: int) -> None:
+    check_rows(range(3, 3 + side), range(3 + side, 3 + 2 * side), channels, 2 * side + 1)
+
+
+@pytest.mark.parametrize(("sources", "targets"), [(1, 40), (40, 1), (17, 70), (33, 16)])
+def test_tile_with_sides_that_differ(sources: int, targets: int) -> None:
+    check_rows(range(sources), range(sources, sources + targets), 3, sources + targets)
+
+
+@pytest.mark.parametrize("gap", [1, 16, 50])
+def test_tile_behind_a_gap(gap: int) -> None:
+    check_rows(range(2, 18), range(18 + gap, 34 + gap), 5, 40 + gap)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 7, 16, 31])
+def test_lags_past_the_taps_pay_nothing(taps: int) -> None:
+    check_rows(range(16), range(16, 32), 3, taps)
+
+
+@pytest.mark.parametrize("side", [5, 16])
+def test_ranges_count_from_the_clock(side: int) -> None:
+    check_rows(range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side), 5, 2 * side, at=48)
+
+
+@pytest.mark.parametrize("side", [1, 16, 33])
+def test_tile_of_bfloat16_is_summed_in_float32(side: int) -> None:
+    check_rows(range(side), range(side, 2 * side), 5, 2 * side, dtype=torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------- large tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("n", "places"), [(1, 2), (5, 9), (64, 128), (65, 130)])
+@pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(1, 6)])
+def test_pack_transposes_and_pads(n: int, places: int, channels: range, dtype: torch.dtype) -> None:
+    history = torch.full((n + 9, 71), NAN, dtype=dtype)
+    wanted = torch.randn(n, len(channels)).to(dtype)
+    history[4 : 4 + n, channels.start : channels.stop] = wanted
+    out = torch.empty(len(channels), places)
+    pack(history, 4, n, channels, out)
+    assert torch.equal(out[:, :n], wanted.T.float())
+    assert not out[:, n:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("n", "skip", "places"), [(1, 1, 2), (5, 4, 9), (64, 64, 128), (33, 65, 130)])
+@pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(1, 6)])
+def test_unpack_adds_and_touches_nothing_else(
+    n: int, skip: int, places: int, channels: range, dtype: torch.dtype
+) -> None:
+    history = torch.randn(n + 9, 71).to(dtype)
+    before = history.clone()
+    sums = torch.full((len(channels), places), NAN)
+    sums[:, skip : skip + n] = torch.randn(len(channels), n)
+    unpack_add(sums, skip, history, 4, n, channels)
+    place, owed = (slice(4, 4 + n), slice(channels.start, channels.stop)), sums[:, skip : skip + n].T
+    exact = before[place].double() + owed
+    assert ((history[place] - exact).abs() <= storage_bound(before[place], owed, torch.finfo(dtype).eps)).all()
+    history[place] = before[place]
+    assert torch.equal(history, before)
+
+
+def test_what_is_packed_comes_back() -> None:
+    history = torch.randn(77, 67)
+    before, packed = history.clone(), torch.empty(61, 80)
+    pack(history, 3, 70, range(5, 66), packed)
+    unpack_add(packed, 0, history, 3, 70, range(5, 66))
+    before[3:73, 5:66] *= 2
+    assert torch.equal(history, before)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 257)])
+def test_multiply(shape: tuple[int, int], second: bool, add: bool) -> None:
+    y, rho, also, also_rho = (torch.randn(shape, dtype=torch.complex64) for _ in range(4))
+    out = torch.randn(shape, dtype=torch.complex64) if add else torch.full(shape, complex(NAN, NAN))
+    before = out.clone()
+    multiply(y, rho, out, add=add, also=also if second else None, also_rho=also_rho if second else None)
+    terms = [y.to(torch.complex128) * rho]
+    terms += [also.to(torch.complex128) * also_rho] if second else []
+    terms += [before.to(torch.complex128)] if add else []
+    # A real part is a sum of at most 5 terms: one rounding a product, one an addition, eps / 2 each.
+    bound = 4 * EPS * sum(term.abs() for term in terms)
+    assert ((out - sum(terms)).abs() <= bound).all()
+
+
+def test_multiply_in_place() -> None:
+    y, rho = (torch.randn(3, 17, dtype=torch.complex64) for _ in range(2))
+    exact = y.to(torch.complex128) * rho
+    multiply(y, rho, y, add=False, also=None, also_rho=None)
+    assert ((y - exact).abs() <= 4 * EPS * exact.abs()).all()
+
+
+def check_fft(size: int, blocks: int, gap: int, targets: int, channels: range, kept: bool) -> None:
+    """`channels` of 7; all others, and rows that are neither source nor target, are NaN and stay so."""
+    C, row, n = 7, blocks * size + 3, (blocks + gap + 1) * size
+    rho = torch.randn(C, n - size // 2)
+    padded = torch.nn.functional.pad(rho, (0, 2 * n))
+    fft = TileFFT(size, lambda first, stop, cut: padded[cut.start : cut.stop, first:stop])
+    if kept:
+        for k in range(gap, gap + blocks):
+            fft.prepare(k, C, 3)
+    start = row + gap * size
+    history = torch.full((start + targets + 5, C), NAN)
+    y, before = torch.randn(blocks * size, 1, len(channels)), torch.randn(targets, 1, len(channels))
+    inside = slice(channels.start, channels.stop)
+    history[3:row, inside] = y[:, 0]
+    history[start : start + targets, inside] = before[:, 0]
+    whole = history.clone()
+    fft.pay(history, row, blocks, range(start, start + targets), channels)
+    owed = tile_conv_oracle(y, rho[inside], gap * size + 1, targets)
+    bound = storage_bound(before, owed, EPS)
+    for b in range(blocks):
+        window = padded[inside, (b + gap) * size : (b + gap + 2) * size]
+        part = y[(blocks - b - 1) * size : (blocks - b) * size]
+        bound = bound + fft_bound(part, window, 0, size, EPS)
+    got = history[start : start + targets, None, inside].double()
+    assert ((got - before.double() - owed).abs() <= bound).all()
+    history[start : start + targets, inside] = whole[start : start + targets, inside]
+    assert torch.equal(history.nan_to_num(77.0), whole.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+def test_tile_by_fft_is_its_direct_sum(blocks: int, gap: int, kept: bool) -> None:
+    check_fft(16, blocks, gap, 16, range(7), kept)
+    check_fft(16, blocks, gap, 5, range(2, 5), kept)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_tile_by_fft_of_any_side(size: int) -> None:
+    check_fft(size, 2, 1, size, range(1, 7), True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+
+def model_of(order: int = 2, layers: int = 1, vocab: int = 29, width: int = 12, **settings: object) -> LanguageModel:
+    """Small, with a seed whose greedy runs keep changing."""
+    settings = {"length": 160, "tied": False, "seed": 2 + order, **settings}
+    return random_model(order, layers=layers, vocab_size=vocab, width=width, **settings)
+
+
+def exact_model(model: LanguageModel) -> LanguageModel:
+    twin = LanguageModel(model.config).double().eval().requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def tolerance(model: LanguageModel, tokens: Tensor, exact: Tensor) -> Tensor:
+    """How far logits may lie from `exact`: as far as a tie's gap, from the float32 forward's own largest error."""
+    return FACTOR * (model(tokens).double() - exact).abs().max()
+
+
+def check_step(model: LanguageModel, shapes: Shapes | None = SOME, prompt: int = 1, steps: int = 5) -> None:
+    """Given tokens, position after position from the middle of nothing: logits of the float64 forward."""
+    decoder = GpuDecoder(model, 64, near=16, shapes=shapes)
+    tokens = torch.randint(model.config.vocab_size, (prompt + steps,))
+    exact = exact_model(model)(tokens[None])[0]
+    bound = tolerance(model, tokens[None], exact)
+    run, step = decoder.init(prompt, steps), decoder.step.fork()
+    first = decoder.prefill(run, tokens[:prompt])
+    assert (first - exact[prompt - 1]).abs().max() <= bound
+    for offset in range(steps):
+        step.x.copy_(decoder.exact.embedding.weight[tokens[prompt + offset]])
+        step.logits.fill_(NAN)
+        step.forward(run.history, run.pending, run.clock, offset)
+        assert (step.logits - exact[prompt + offset]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("short_taps", [1, 2, 3, 4])
+def test_one_token_logits(order: int, short_taps: int) -> None:
+    check_step(model_of(order, short_taps=short_taps, layers=1 + (short_taps == 3)))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("width", [1, 9, 24])
+def test_one_token_logits_of_odd_widths(width: int, tied: bool) -> None:
+    check_step(model_of(width=width, tied=tied, inner=width + 6), shapes=None, steps=3)
+
+
+@slow
+def test_one_token_logits_of_widths_past_a_piece() -> None:
+    check_step(model_of(width=260, inner=300, vocab=270), steps=2)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_one_token_logits_of_either_filter(kind: str) -> None:
+    check_step(model_of(filter=FilterConfig(kind=kind, width=8)), prompt=20, steps=2)
+
+
+def streamed(decoder: GpuDecoder) -> list[torch.dtype]:
+    """The types of all matrices that a step reads."""
+    layers = [layer.__getattribute__(n)[0] for layer in decoder.step.layers for n in ("in_proj", "out_proj")]
+    layers += [layer.__getattribute__(n)[0] for layer in decoder.step.layers for n in ("fc1", "fc2")]
+    return [weight.dtype for weight in [*layers, decoder.step.head_weight]]
+
+
+def test_weights_are_streamed_as_bfloat16_where_that_changes_nothing() -> None:
+    model = model_of()
+    assert set(streamed(GpuDecoder(model, 32, near=16))) == {torch.float32}
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    assert set(streamed(GpuDecoder(model, 32, near=16))) == {torch.bfloat16}
+    check_step(model)
+    model.blocks[0].mlp.fc1.weight[0, 0] += 2**-20
+    types = streamed(GpuDecoder(model, 32, near=16))
+    assert types.count(torch.float32) == 1
+    check_step(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
+    """Their decode is the float64 forward of the same numbers, to float32's rounding."""
+    model = model_of(dtype=dtype)
+    wide = exact_model(model).float()
+    tokens = torch.randint(29, (4,))
+    exact = exact_model(model)(tokens[None])[0]
+    loop = GpuLoop(GpuDecoder(model, 32, near=16, shapes=FEW), tokens[:1], 4)
+    bound = tolerance(wide, tokens[None], exact)
+    assert (loop.logits - exact[0]).abs().max() <= bound
+    for i in range(1, 4):
+        assert (loop.advance(int(tokens[i])) - exact[i]).abs().max() <= bound
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def greedy(model: LanguageModel, prompt: Tensor, new: int, *, latency: str = "bounded", near: int = 16) -> Tensor:
+    decoder = GpuDecoder(model, len(prompt) + new - 1, near=near, latency=latency, shapes=FEW)
+    return torch.tensor(list(GpuLoop(decoder, prompt, new)))
+
+
+def check_greedy(model: LanguageModel, prompt: Tensor, tokens: Tensor, distinct: int = 8) -> None:
+    differences, _ = greedy_differences(model, prompt[None], tokens[None])
+    assert not differences
+    assert len(tokens.unique()) >= distinct
+
+
+NEW = 49
+"""A token of the prompt and three graphs: squares, and a tile by FFT of either kind."""
+
+
+@pytest.mark.parametrize("length", [1, 16, 40, pytest.param(3, marks=slow)])
+def test_greedy_is_the_full_recompute(length: int) -> None:
+    model, prompt = model_of(), torch.randint(29, (length,))
+    check_greedy(model, prompt, greedy(model, prompt, NEW))
+
+
+@pytest.mark.parametrize(
+    "length", [each if each == 17 else pytest.param(each, marks=slow) for each in (1, 3, 16, 17, 40)]
+)
+def test_both_latencies_give_the_same_tokens(length: int) -> None:
+    model, prompt = model_of(), torch.randint(29, (length,))
+    bounded, relaxed = (greedy(model, prompt, NEW, latency=latency) for latency in ("bounded", "relaxed"))
+    check_greedy(model, prompt, relaxed)
+    assert torch.equal(bounded, relaxed)
+
+
+@slow
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("length", [1, 17, 35])
+@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+def test_greedy_through_several_levels(order: int, length: int, latency: str) -> None:
+    model, prompt = model_of(order, layers=2, length=320), torch.randint(29, (length,))
+    check_greedy(model, prompt, greedy(model, prompt, 145, latency=latency))
+
+
+def test_tokens_given_one_by_one_are_those_of_the_graphs() -> None:
+    model, prompt = model_of(), torch.randint(29, (1, 5))
+    decoder = GpuDecoder(model, 60, near=16, shapes=FEW)
+    tokens = torch.stack(list(decode_gpu(decoder, prompt, lambda logits: logits.argmax(-1), 49, None)), dim=1)
+    check_greedy(model, prompt[0], tokens[0])
+    assert torch.equal(torch.tensor(list(GpuLoop(decoder, prompt[0], 49))), tokens[0])
+
+
+def test_rows_given_together_run_one_after_another() -> None:
+    model, prompt = model_of(), torch.randint(29, (2, 5))
+    decoder = GpuDecoder(model, 30, near=16, shapes=FEW)
+    tokens = torch.stack(list(decode_gpu(decoder, prompt, lambda logits: logits.argmax(-1), 18, None)), dim=1)
+    for row in range(2):
+        check_greedy(model, prompt[row], tokens[row], 4)
+
+
+@slow
+def test_tokens_given_one_by_one_on_the_relaxed_tiling() -> None:
+    model, prompt = model_of(3), torch.randint(29, (1, 5))
+    decoder = GpuDecoder(model, 90, near=16, latency="relaxed", shapes=FEW)
+    steps = decode_gpu(decoder, prompt, lambda logits: logits.argmax(-1), 81, Relaxed(90))
+    check_greedy(model, prompt[0], torch.cat(list(steps)))
+
+
+def test_two_loops_share_a_decoder() -> None:
+    model = model_of()
+    decoder = GpuDecoder(model, 60, near=16, shapes=FEW)
+    first, second = torch.randint(29, (3,)), torch.randint(29, (9,))
+    together = list(zip(GpuLoop(decoder, first, 17), GpuLoop(decoder, second, 17), strict=True))
+    check_greedy(model, first, torch.tensor(together)[:, 0], 4)
+    check_greedy(model, second, torch.tensor(together)[:, 1], 4)
+
+
+def test_one_new_token_needs_no_step() -> None:
+    model, prompt = model_of(), torch.randint(29, (16,))
+    decoder = GpuDecoder(model, 16, near=16)
+    assert list(GpuLoop(decoder, prompt, 1)) == [int(model(prompt[None])[0, -1].argmax())]
+
+
+def test_nan_weights() -> None:
+    model = model_of()
+    model.blocks[0].mlp.fc2.weight[0, 0] = NAN
+    with pytest.raises(NumericsError, match="the logits after the prompt are not finite"):
+        GpuLoop(GpuDecoder(model, 32, near=16), torch.tensor([1]), 3)
+
+
+@pytest.mark.parametrize("value", [NAN, pytest.param(float("inf"), marks=slow)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_logits_that_stop_being_finite(value: float) -> None:
+    """The embedding of a token that comes up later: the loop names the position that read it."""
+    model, prompt = model_of(), torch.tensor([1])
+    tokens = greedy(model, prompt, 12).tolist()
+    at = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and token != 1 and i > 2)
+    model.embedding.weight[tokens[at]] = value
+    decoder = GpuDecoder(model, 32, near=16, shapes=FEW)
+    got: list[int] = []
+    with pytest.raises(NumericsError, match=f"behind position {at} after the prompt are not finite"):  # noqa: PT012
+        for token in GpuLoop(decoder, prompt, 12):
+            got.append(token)
+    assert got == tokens[: at + 1]
+    sampler = Sampler(Sampling(temperature=1.0, top_k=1, seed=0), 1, 29, seen=prompt[None])
+    with pytest.raises(NumericsError, match="not finite"):
+        list(stream_gpu(decoder, prompt[None], sampler, 12, None))
+
+
+def test_too_long() -> None:
+    model = model_of(length=40)
+    with pytest.raises(LengthError, match="41 positions were asked for; this model's filter allows 40"):
+        GpuDecoder(model, 41)
+    decoder = GpuDecoder(model, 20, near=16)
+    with pytest.raises(LengthError, match="a prompt of 5 and 17 new tokens need 21 positions; the decoder has 20"):
+        GpuLoop(decoder, torch.zeros(5, dtype=torch.long), 17)
+    assert GpuLoop(decoder, torch.zeros(5, dtype=torch.long), 16).new == 16
+
+
+def test_tilings_without_graphs() -> None:
+    decoder = GpuDecoder(model_of(), 20, near=16)
+    with pytest.raises(TilingError, match=r"Blocked.*on a GPU generation runs on its own bounded tiling"):
+        next(decode_gpu(decoder, torch.tensor([[1]]), lambda logits: logits.argmax(-1), 3, Blocked(20)))
+
+
+def test_a_decoder_is_kept_while_it_serves() -> None:
+    model = model_of()
+    kept = gpu_decoder(model, 30)
+    assert gpu_decoder(model, 20) is kept
+    assert gpu_decoder(model, 40) is not kept
+    kept = gpu_decoder(model, 20)
+    model.head.weight[0, 0] += 1
+    other = gpu_decoder(model, 20)
+    assert other is not kept
+    assert gpu_decoder(model, 20, "relaxed") is not other
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def device_sampler(vocab: int, seen: Tensor | None = None, **settings: object) -> DeviceSampler:
+    sampling = Sampling(**{"temperature": 1.0, "seed": 3, **settings})
+    rows = [] if seen is None else [seen]
+    return DeviceSampler(Sampler(sampling, 1, vocab, seen=rows), vocab, torch.device("cpu"))
+
+
+def test_draws_stay_in_the_allowed_set() -> None:
+    sampler = device_sampler(11, allowed=(2, 3, 7))
+    draws = {int(sampler.draw(torch.randn(11))) for _ in range(200)}
+    assert draws == {2, 3, 7}
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+def test_top_1_is_greedy(temperature: float) -> None:
+    sampler = device_sampler(50, temperature=temperature, top_k=1)
+    for _ in range(50):
+        logits = torch.randn(50)
+        assert int(sampler.draw(logits)) == int(logits.argmax())
+
+
+def test_greedy_in_an_allowed_set() -> None:
+    sampler = device_sampler(11, temperature=0.0, allowed=(2, 3, 7))
+    for _ in range(20):
+        logits = torch.randn(11)
+        assert int(sampler.draw(logits)) == int(torch.tensor([2, 3, 7])[logits[[2, 3, 7]].argmax()])
+
+
+def test_a_penalty_remembers_what_was_drawn() -> None:
+    sampler = device_sampler(4, temperature=0.0, repetition_penalty=2.0, seen=torch.tensor([0]))
+    logits = torch.tensor([2.5, 2.0, 1.5, -1.0])
+    assert [int(sampler.draw(logits)) for _ in range(3)] == [1, 2, 0]
+    below = device_sampler(3, temperature=0.0, repetition_penalty=2.0, seen=torch.tensor([0]))
+    assert int(below.draw(torch.tensor([-1.0, -1.5, -9.0]))) == 1
+
+
+def test_a_seed_repeats_its_draws() -> None:
+    logits = torch.randn(40)
+    first, second, other = (
+        [int(sampler.draw(logits)) for _ in range(50)]
+        for sampler in (device_sampler(40), device_sampler(40), device_sampler(40, seed=4))
+    )
+    assert first == second != other
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_draws_from_logits_that_are_not_finite(value: float) -> None:
+    logits = torch.randn(9)
+    logits[4] = value
+    assert int(device_sampler(9).draw(logits)) == -2
+
+
+CHANCE = 1e-6
+
+
+def quantile(freedom: int) -> float:
+    """The value that chi-square exceeds with probability CHANCE, by Wilson and Hilferty."""
+    z = NormalDist().inv_cdf(1 - CHANCE)
+    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+def chi_square(sampler: DeviceSampler, logits: Tensor, chances: Tensor) -> float:
+    draws = torch.cat([sampler.draw(logits) for _ in range(4000)])
+    counts = torch.bincount(draws, minlength=len(logits)).double()
+    assert not counts[chances == 0].any()
+    expected = 4000 * chances[chances > 0]
+    assert (expected >= 5).all()
+    return float(((counts[chances > 0] - expected) ** 2 / expected).sum())
+
+
+def test_frequencies() -> None:
+    chances = torch.tensor([0.4, 0.3, 0.2, 0.09, 0.01], dtype=torch.float64)
+    logits = chances.log().float() + 2
+    assert chi_square(device_sampler(5), logits, chances) <= quantile(4)
+    assert chi_square(device_sampler(5, temperature=0.5, seed=5), logits / 2, chances) <= quantile(4)
+    three = torch.tensor([4, 3, 2, 0, 0]) / torch.tensor(9, dtype=torch.float64)
+    assert chi_square(device_sampler(5, top_k=3), logits, three) <= quantile(2)
+    wrong = torch.tensor([0.3, 0.4, 0.2, 0.09, 0.01], dtype=torch.float64)
+    assert chi_square(device_sampler(5), logits, wrong) > quantile(4)
+
+
+def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
+    """Through the whole loop: top_k=1 gives the greedy tokens, and a seed repeats a run."""
+    model, prompt = model_of(), torch.tensor([[3, 20, 7, 11]])
+    decoder = GpuDecoder(model, 40, near=16, shapes=FEW)
+
+    def drawn(**settings: object) -> list[int]:
+        sampler = Sampler(Sampling(**settings), 1, 29, seen=prompt)
+        return [int(token) for token in stream_gpu(decoder, prompt, sampler, 17, None)]
+
+    best = drawn()
+    check_greedy(model, prompt[0], torch.tensor(best), 4)
+    assert drawn(temperature=0.7, top_k=1, seed=1) == best
+    assert drawn(temperature=1.0, seed=1) == drawn(temperature=1.0, seed=1) != best
+    settings = {"repetition_penalty": 2.0, "allowed": tuple(range(5, 25))}
+    penalised = drawn(**settings)
+    host = Sampler(Sampling(**settings), 1, 29, seen=prompt)
+    logits = model(torch.cat([prompt[0], torch.tensor(penalised)])[None, :-1])[0, 3:]
+    assert [int(host(row[None])) for row in logits] == penalised != best

@@ -1,0 +1,222 @@
+"""Large tiles in chunks: every channel once, in time, at an even pace, and never where a square writes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_inference.tiling import Rectangle, Separated
+from flash_inference.tiling.schedule import Chunk, Pricing, Schedule
+
+EVERY = 16
+NEAR = 256
+FEWEST = 8
+
+channel_counts = st.one_of(st.sampled_from((1, 31, 32, 33, 768, 1536, 18432)), st.integers(1, 20_000))
+spans = st.integers(1, 512).map(lambda n: n * EVERY)
+
+
+class Release(NamedTuple):
+    boundary: int
+    chunks: list[Chunk]
+
+
+class Run(NamedTuple):
+    """What a schedule did: chunks by the boundary at which they became ready, and what each boundary released."""
+
+    added: list[tuple[int, Chunk]]
+    releases: list[Release]
+    forced: int
+
+
+def identity(chunk: Chunk) -> tuple[int, int, range]:
+    return chunk.row, chunk.size, chunk.channels
+
+
+def large(tiling: Separated, n: int) -> list[Rectangle]:
+    """The tiles that may wait, when n positions are known."""
+    return [tile for tile in tiling.after(n - 1) if tile.slack] if n else []
+
+
+def simulate(span: int, channels: int, pricing: Pricing, near: int = NEAR) -> Run:
+    """Every boundary of a run, one after another."""
+    tiling, schedule = Separated(span, near=near, block=EVERY), Schedule(EVERY)
+    added, releases = [], []
+    for n in range(0, span, EVERY):
+        chunks = [chunk for tile in large(tiling, n) for chunk in pricing.cut(tile, channels, EVERY)]
+        schedule.add(chunks)
+        added += [(n, chunk) for chunk in chunks]
+        releases.append(Release(n, schedule.release(n)))
+    assert not len(schedule)
+    return Run(added, releases, schedule.forced)
+
+
+# ------------------------------------------------------------------------------------------------------------- pricing
+
+
+@given(
+    channels=channel_counts,
+    log_size=st.integers(4, 20),
+    blocks=st.integers(1, 3),
+    target=st.floats(1, 1000),
+    points=st.floats(100, 1e6),
+    clip=st.integers(0, 15),
+)
+def test_a_cut_covers_all_channels_once(
+    channels: int, log_size: int, blocks: int, target: float, points: float, clip: int
+) -> None:
+    size = 1 << log_size
+    n = 4 * size
+    tile = Rectangle(range(n - blocks * size, n), range(n + size, n + 2 * size - clip))
+    chunks = Pricing(target, points).cut(tile, channels, EVERY)
+    assert [c for chunk in chunks for c in chunk.channels] == list(range(channels))
+    widths = {len(chunk.channels) for chunk in chunks[:-1]}
+    assert len(widths) <= 1
+    assert all(width % (32 if width >= 32 else 8) == 0 for width in widths)
+    assert len(chunks[-1].channels) <= len(chunks[0].channels)
+    for chunk in chunks:
+        assert chunk.cost > 0
+        assert (chunk.due, chunk.size, chunk.row) == (n + size - EVERY, size, n)
+        assert (chunk.blocks, chunk.targets) == (blocks, tile.targets)
+
+
+@given(channels=channel_counts, log_size=st.integers(8, 20))
+def test_chunks_cost_about_the_target(channels: int, log_size: int) -> None:
+    """A chunk of one block costs no more than the target, unless the fewest channels already do."""
+    size, pricing = 1 << log_size, Pricing()
+    tile = Rectangle(range(size), range(2 * size, 3 * size))
+    fewest = FEWEST * size / pricing.rate(size)
+    for chunk in pricing.cut(tile, channels, EVERY):
+        assert chunk.cost <= max(pricing.target, fewest)
+
+
+@given(channels=channel_counts, log_size=st.integers(4, 20))
+def test_costs_add_up(channels: int, log_size: int) -> None:
+    """How a tile is cut does not change what it costs; a second block costs half as much as the first."""
+    size = 1 << log_size
+    one = Rectangle(range(size, 2 * size), range(3 * size, 4 * size))
+    two = replace(one, sources=range(2 * size))
+    total = sum(chunk.cost for chunk in Pricing().cut(one, channels, EVERY))
+    assert total == pytest.approx(channels * size / Pricing().rate(size))
+    assert sum(chunk.cost for chunk in Pricing(target=500).cut(one, channels, EVERY)) == pytest.approx(total)
+    assert sum(chunk.cost for chunk in Pricing().cut(two, channels, EVERY)) == pytest.approx(1.5 * total)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+@given(channels=channel_counts, span=spans, near=st.sampled_from((32, 64, NEAR)), target=st.sampled_from((10.0, 60.0)))
+def test_every_chunk_runs_once_and_in_time(channels: int, span: int, near: int, target: float) -> None:
+    run = simulate(span, channels, Pricing(target), near)
+    released = {identity(chunk): n for n, chunks in run.releases for chunk in chunks}
+    counts = Counter(identity(chunk) for _, chunks in run.releases for chunk in chunks)
+    assert set(counts.values()) <= {1}
+    assert counts.keys() == {identity(chunk) for _, chunk in run.added}
+    for ready, chunk in run.added:
+        assert ready == chunk.row
+        assert ready <= released[identity(chunk)] <= max(chunk.due - EVERY, ready)
+        assert released[identity(chunk)] < chunk.due
+    for _, chunks in run.releases:
+        assert [chunk.due for chunk in chunks] == sorted(chunk.due for chunk in chunks)
+
+
+@given(channels=channel_counts, span=spans)
+def test_nothing_is_forced_where_every_tile_has_slack_to_spare(channels: int, span: int) -> None:
+    assert simulate(span, channels, Pricing()).forced == 0
+
+
+MULTIPLE = 4
+"""1.3 (the margin), times 8 / 7 (V positions of slack, of which V - 32 are counted, V >= 256), times 2.4: the top
+level's dearest tile has 2 blocks and takes 1.5 shares of 1 / 4 of the run, where its tiles take 2.5 / 4 in all."""
+
+
+@given(channels=channel_counts, log_span=st.integers(10, 15), less=st.integers(0, 15))
+def test_work_comes_at_an_even_pace(channels: int, log_span: int, less: int) -> None:
+    """No boundary releases more than a few times the mean, and one chunk that crossed the budget."""
+    span = (1 << log_span) - less * EVERY
+    run = simulate(span, channels, Pricing())
+    work = [sum(chunk.cost for chunk in chunks) for _, chunks in run.releases]
+    largest = max(chunk.cost for _, chunk in run.added)
+    assert max(work) <= MULTIPLE * sum(work) / len(work) + largest
+
+
+def chunk_due(due: int, cost: float = 10.0, channels: range = range(32)) -> Chunk:
+    return Chunk(due, 256, 0, channels, 1, range(due + EVERY, due + EVERY + 256), cost)
+
+
+def test_a_chunk_that_is_due_next_runs_at_once_and_is_counted() -> None:
+    """A deadline that the budget leaves behind: the first pays for it, the second is forced."""
+    schedule = Schedule(EVERY, margin=0.0)
+    first, second, later = chunk_due(48), chunk_due(48, channels=range(32, 64)), chunk_due(64)
+    schedule.add([later, second, first])
+    assert schedule.release(0) == []
+    assert schedule.forced == 0
+    released = schedule.release(32)
+    assert sorted(chunk.channels.start for chunk in released) == [0, 32]
+    assert {chunk.due for chunk in released} == {48}
+    assert schedule.forced == 2
+    assert len(schedule) == 1
+    assert [chunk.due for chunk in schedule.release(48)] == [64]
+    assert schedule.forced == 3
+
+
+@given(due=st.integers(1, 40).map(lambda n: n * EVERY), cost=st.floats(0.1, 1e6))
+def test_a_chunk_alone_never_waits_past_its_deadline(due: int, cost: float) -> None:
+    schedule = Schedule(EVERY, margin=0.0)
+    schedule.add([chunk_due(due, cost)])
+    boundaries = [n for n in range(0, due + EVERY, EVERY) if schedule.release(n)]
+    assert boundaries == [max(0, due - EVERY)]
+
+
+def test_an_overdue_chunk_runs_at_once() -> None:
+    schedule = Schedule(EVERY)
+    schedule.add([chunk_due(16), chunk_due(4096)])
+    assert next(chunk.due for chunk in schedule.release(64)) == 16
+
+
+def test_an_empty_schedule_releases_nothing() -> None:
+    assert Schedule(EVERY).release(0) == []
+
+
+# --------------------------------------------------------------------------------------------- squares beside the tiles
+
+
+def squares_under_way(tiling: Separated, chunk: Chunk, ready: int) -> list[tuple[int, range]]:
+    """(boundary, rows) that graphs read and write while a chunk may run: from its tile's boundary to that before `due`.
+
+    A graph from boundary b on reads and writes the rows of its own positions, and pays the square behind them, in full.
+    """
+    rows = []
+    for b in range(ready, chunk.due, EVERY):
+        rows.append((b, range(b, b + EVERY)))
+        n = b + EVERY
+        if n < (tiling.length or 0):
+            sides = [len(tile.sources) for tile in tiling.after(n - 1) if not tile.slack]
+            rows += [(b, range(n, n + side)) for side in sides]
+    return rows
+
+
+def overlaps(span: int, near: int, early: int) -> int:
+    tiling, count = Separated(span, near=near, block=EVERY), 0
+    for ready in range(EVERY, span, EVERY):
+        for tile in large(tiling, ready):
+            for chunk in Pricing().cut(tile, 1, early):
+                for _, rows in squares_under_way(tiling, chunk, ready):
+                    count += max(rows.start, tile.targets.start) < min(rows.stop, tile.targets.stop)
+    return count
+
+
+@pytest.mark.parametrize("near", [16, 32, 64, 256])
+@pytest.mark.parametrize("span", [48, 80, 512, 528, 1040, 2048, 4096])
+def test_chunks_that_wait_never_meet_a_square(span: int, near: int) -> None:
+    assert overlaps(span, near, EVERY) == 0
+
+
+def test_the_check_for_meetings_can_fail() -> None:
+    """Due when its targets are read, a chunk could run beside the square that is paid right before."""
+    assert overlaps(2048, NEAR, 0) > 0
