@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# CUDA builds of torch bring their own; elsewhere its interpreter runs the GPU's kernels in the tests. Newest tested.
+TRITON := triton==3.6.0
 
 .PHONY: demo test test-all lint bench clean
 
@@ -34,6 +36,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON) || true
 	touch $@
 
 clean:

@@ -722,7 +722,9 @@ def measure(layers: int = 18, width: int = 768, length: int = 131072, device: st
 def main() -> None:
     """Prints the rows as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="2 layers of width 64, 2048 positions; runs on a CPU too")
+    parser.add_argument(
+        "--small", "--quick", action="store_true", help="2 layers of width 64, 2048 positions; runs on a CPU too"
+    )
     args = parser.parse_args()
     rows = measure(2, 64, 2048, default_device()) if args.small else measure()
     for result in rows:

@@ -22,6 +22,7 @@ from flash_inference.engine.graphs import GpuLoop
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.gpu import GRAPH, GpuDecoder
 from flash_inference.ops.causal_conv import good_size
+from rows import provenance
 
 VOCABULARY, WIDTH = 50_304, 768
 PROMPT = torch.tensor([7])
@@ -198,19 +199,22 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--segments", type=int, default=8)
     parser.add_argument("--parts", default="whole,relaxed,mixing,baselines")
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_decode.jsonl"))
+    parser.add_argument("--commit", default=str(provenance()["commit"]))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder; rows are appended")
+    parser.add_argument("--quick", action="store_true", help="4 layers of width 256, 16,384 positions")
     args = parser.parse_args()
+    if args.quick:
+        args.layers, args.width, args.length, args.segments = 4, 256, 16_384, 4
     parts = args.parts.split(",")
     origin = {
         "commit": args.commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "layers": args.layers, "width": args.width, "length": args.length, "vocabulary": args.vocabulary,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     def write(row: dict[str, object]) -> None:
-        with args.out.open("a") as file:
+        with (args.out / "gpu_decode.jsonl").open("a") as file:
             file.write(json.dumps(row | origin) + "\n")
         print(json.dumps(row), flush=True)
 

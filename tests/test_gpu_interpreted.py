@@ -339,6 +339,7 @@ def test_greedy_is_the_full_recompute(length: int) -> None:
     check_greedy(model, prompt, greedy(model, prompt, NEW))
 
 
+@slow
 @pytest.mark.parametrize(
     "length", [each if each == 17 else pytest.param(each, marks=slow) for each in (1, 3, 16, 17, 40)]
 )
@@ -358,6 +359,7 @@ def test_greedy_through_several_levels(order: int, length: int, latency: str) ->
     check_greedy(model, prompt, greedy(model, prompt, 145, latency=latency))
 
 
+@slow
 def test_tokens_given_one_by_one_are_those_of_the_graphs() -> None:
     model, prompt = model_of(), torch.randint(29, (1, 5))
     decoder = GpuDecoder(model, 60, near=16, shapes=FEW)
@@ -366,6 +368,7 @@ def test_tokens_given_one_by_one_are_those_of_the_graphs() -> None:
     assert torch.equal(torch.tensor(list(GpuLoop(decoder, prompt[0], 49))), tokens[0])
 
 
+@slow
 def test_rows_given_together_run_one_after_another() -> None:
     model, prompt = model_of(), torch.randint(29, (2, 5))
     decoder = GpuDecoder(model, 30, near=16, shapes=FEW)
@@ -382,6 +385,7 @@ def test_tokens_given_one_by_one_on_the_relaxed_tiling() -> None:
     check_greedy(model, prompt[0], torch.cat(list(steps)))
 
 
+@slow
 def test_two_loops_share_a_decoder() -> None:
     model = model_of()
     decoder = GpuDecoder(model, 60, near=16, shapes=FEW)
@@ -404,6 +408,7 @@ def test_nan_weights() -> None:
         GpuLoop(GpuDecoder(model, 32, near=16), torch.tensor([1]), 3)
 
 
+@slow
 @pytest.mark.parametrize("value", [NAN, pytest.param(float("inf"), marks=slow)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_logits_that_stop_being_finite(value: float) -> None:
@@ -534,6 +539,7 @@ def test_frequencies() -> None:
     assert chi_square(device_sampler(5), logits, wrong) > quantile(4)
 
 
+@slow
 def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
     """Through the whole loop: top_k=1 gives the greedy tokens, and a seed repeats a run."""
     model, prompt = model_of(), torch.tensor([[3, 20, 7, 11]])

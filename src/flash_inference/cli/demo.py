@@ -41,10 +41,14 @@ def demo(
     Example:
       flash-inference demo
     """
+    from flash_inference.engine.decode import best_device
     from flash_inference.engine.verify import verify
     from flash_inference.models.weights import load
 
-    language_model = load(model)
+    device, reason = best_device()
+    if reason is not None:
+        note(reason)
+    language_model = load(model, device=device)
     room = language_model.config.length
     prompt = "\n" if language_model.tokens.name == "bytes" else "ACGT"
     start = len(language_model.tokens.encode(prompt)) + 1
@@ -116,7 +120,7 @@ def _full(model: LanguageModel, tokens: Tensor) -> float:
     with torch.no_grad():
         for _ in range(4):
             start = time.perf_counter()
-            model(tokens[None])
+            float(model(tokens[None].to(model.embedding.weight.device))[0, -1, 0])
             times.append(time.perf_counter() - start)
     return 1 / statistics.median(times[1:])
 

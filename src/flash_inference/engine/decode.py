@@ -54,6 +54,18 @@ def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PR
     return logits
 
 
+def best_device() -> tuple[str, str | None]:
+    """The device that generates fastest here, and why it is not the GPU if there is one: in a line, or None."""
+    if not torch.cuda.is_available():
+        return "cpu", None
+    try:
+        from flash_inference.models.gpu import unusable
+    except ImportError as error:
+        return "cpu", f"the GPU is not used: {error}; pip install triton"
+    reason = unusable(torch.empty(0, device="cuda"))
+    return ("cuda", None) if reason is None else ("cpu", f"the GPU is not used: {reason}")
+
+
 def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None) -> Decoder | GpuDecoder:
     """The model made ready for `length` positions: with the GPU's kernels where it is on one that has them.
 

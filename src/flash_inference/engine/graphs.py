@@ -19,7 +19,7 @@ from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling import Rectangle, Relaxed, Separated, Tiling
 from flash_inference.tiling.schedule import Chunk, Schedule
 
-AHEAD = 3
+AHEAD = 8
 """Graphs that the host may launch before it has seen their tokens."""
 
 
