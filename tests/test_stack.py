@@ -218,12 +218,13 @@ def test_long_conv_extends_as_it_forwards(data: st.DataObject) -> None:
         at += n
         for tile in conv.due(state) if data.draw(st.booleans(), "pay at once") and at < length else ():
             conv.pay(state, tile)
-    rho = conv.filter.taps(130).detach()
     skip = None if conv.skip is None else conv.skip.detach()
-    exact = causal_conv_oracle(y, rho) + (0 if skip is None else skip * y)
-    bound = causal_bound(y, rho, skip, eps=torch.finfo(torch.float64).eps, payments=length)
-    assert ((torch.cat(outputs, dim=1) - exact).abs() <= bound).all()
-    assert ((conv(y).detach() - exact).abs() <= bound).all()
+    # The same tap evaluated among more taps may round differently: each way is held against the taps that it used.
+    for got, evaluated in ((torch.cat(outputs, dim=1), 130), (conv(y).detach(), length)):
+        rho = conv.filter.taps(evaluated).detach()
+        exact = causal_conv_oracle(y, rho) + (0 if skip is None else skip * y)
+        bound = causal_bound(y, rho, skip, eps=torch.finfo(torch.float64).eps, payments=length)
+        assert ((got - exact).abs() <= bound).all()
 
 
 def test_long_conv_prepares_its_filter_anew_when_a_weight_changes() -> None:
