@@ -265,6 +265,7 @@ def test_one_token_logits(order: int, short_taps: int) -> None:
     check_step(model_of(order, short_taps=short_taps, layers=1 + (short_taps == 3)))
 
 
+@slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("width", [1, 9, 24])
 def test_one_token_logits_of_odd_widths(width: int, tied: bool) -> None:
@@ -333,7 +334,7 @@ NEW = 49
 """A token of the prompt and three graphs: squares, and a tile by FFT of either kind."""
 
 
-@pytest.mark.parametrize("length", [1, 16, 40, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("length", [16, *(pytest.param(each, marks=slow) for each in (1, 3, 40))])
 def test_greedy_is_the_full_recompute(length: int) -> None:
     model, prompt = model_of(), torch.randint(29, (length,))
     check_greedy(model, prompt, greedy(model, prompt, NEW))
@@ -351,9 +352,7 @@ def test_both_latencies_give_the_same_tokens(length: int) -> None:
 
 
 @slow
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("length", [1, 17, 35])
-@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+@pytest.mark.parametrize(("order", "length", "latency"), [(2, 1, "bounded"), (3, 17, "relaxed"), (3, 35, "bounded")])
 def test_greedy_through_several_levels(order: int, length: int, latency: str) -> None:
     model, prompt = model_of(order, layers=2, length=320), torch.randint(29, (length,))
     check_greedy(model, prompt, greedy(model, prompt, 145, latency=latency))
