@@ -119,7 +119,7 @@ def length_plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def gpu_rows() -> tuple[dict[str, dict[str, object]], list[dict[str, object]]]:
-    """The rows of the main setting by name, the newest of each, and all rows."""
+    """The rows of the main setting by name, the first of each (one session's), and all rows."""
     rows = read("gpu_decode")
     main = [row for row in rows if (row["layers"], row["width"], row["length"]) == (18, 768, 131_072)]
     return {str(row["name"]): row for row in reversed(main)}, rows
@@ -136,7 +136,7 @@ GPU_BASELINES = {
 
 def gpu_table(rows: list[dict[str, object]]) -> str:
     """Microseconds a token on one GPU, ours and the baselines, and other shapes."""
-    found, _ = gpu_rows()
+    found, rows = gpu_rows()
     ours = found["bounded"]["us_per_token"]
     lines = [
         "| 18 layers, D = 768, 131,072 tokens, batch 1 | us per token | whole run | against ours |",
@@ -163,14 +163,22 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
         f"{run['differences']} tokens differ, the worst layer's relative error is "
         f"{run['worst_layer_relative_error']:.1e}.",
         "",
-        "| other shapes, one run each | us per token | whole run | peak memory | worst layer's error |",
-        "|---|---:|---:|---:|---:|",
+        *(
+            f"Another run (commit {row['commit']}) measured {row['mixing_us']:.1f} us for the tiles "
+            f"({row['interval_us'][0]:.1f} to {row['interval_us'][1]:.1f})."
+            for row in rows
+            if row["name"] == "mixing" and row is not mixing
+        ),
+        "",
+        "| other runs | commit | us per token | whole run | worst step | peak memory | worst layer's error |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        if row["name"] == "bounded" and (row["layers"], row["length"]) != (18, 131_072):
+        if row["name"] == "bounded" and row is not rows[0]:
             lines.append(
-                f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {row['us_per_token']:.1f} | "
-                f"{row['seconds']:.0f} s | {row['peak_bytes'] / 1e9:.1f} GB | {row['worst_layer_relative_error']:.1e} |"
+                f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {row['commit']} | "
+                f"{row['us_per_token']:.1f} | {row['seconds']:.0f} s | {row['worst_us'] / 1e3:,.1f} ms | "
+                f"{row['peak_bytes'] / 1e9:.1f} GB | {row['worst_layer_relative_error']:.1e} |"
             )
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     return "\n".join(

@@ -18,6 +18,7 @@ from flash_inference.tiling import Rectangle, Share, Tiling
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
+    from flash_inference.models.blocks import Block
 
 
 PIECE = 1024
@@ -170,22 +171,24 @@ def _fusible(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
 
 
-def _fused_step(model: LanguageModel, stack: Stack) -> HyenaStep:
+def layer_weights(block: Block) -> LayerWeights:
+    """The tensors that a decode step reads of one block."""
+
     def pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
         return module.weight.detach(), module.bias.detach()  # type: ignore[union-attr, return-value]
 
-    layers = []
-    for block in model.blocks:
-        mixer, short = block.mixer, block.mixer.short
-        layers.append(
-            LayerWeights(
-                norm1=pair(block.norm1),
-                in_proj=pair(mixer.in_proj),
-                short=(short.weight.detach()[:, 0], short.bias.detach()),
-                out_proj=pair(mixer.out_proj),
-                norm2=pair(block.norm2),
-                fc1=pair(block.mlp.fc1),
-                fc2=pair(block.mlp.fc2),
-            )
-        )
+    mixer, short = block.mixer, block.mixer.short
+    return LayerWeights(
+        norm1=pair(block.norm1),
+        in_proj=pair(mixer.in_proj),
+        short=(short.weight.detach()[:, 0], short.bias.detach()),
+        out_proj=pair(mixer.out_proj),
+        norm2=pair(block.norm2),
+        fc1=pair(block.mlp.fc1),
+        fc2=pair(block.mlp.fc2),
+    )
+
+
+def _fused_step(model: LanguageModel, stack: Stack) -> HyenaStep:
+    layers = [layer_weights(block) for block in model.blocks]
     return HyenaStep(layers, model.config.order, model.config.norm_eps, stack.diagonal)

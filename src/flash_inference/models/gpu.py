@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from flash_inference.errors import LengthError, PlanError
 from flash_inference.filters import ImplicitFilter
-from flash_inference.ops.decode_step.triton import GpuLayer, GpuStep, Shapes, next_power
+from flash_inference.models.decoder import layer_weights
+from flash_inference.ops.decode_step import LayerWeights
+from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Pricing
+from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
-    from flash_inference.models.blocks import Block
 
 GRAPH = 16
 """Positions a graph; pairs inside them are inline."""
@@ -78,8 +80,8 @@ class GpuDecoder:
             near_taps = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
             skip = torch.cat([block.mixer.skip for block in self.exact.blocks]).float()
             self.near = near_taps
-            layers = [_layer(block) for block in self.exact.blocks]
-            norm = _pair(self.exact.norm)
+            layers = [_streamed(layer_weights(block)) for block in self.exact.blocks]
+            norm = self.exact.norm.weight.detach(), self.exact.norm.bias.detach()
             self.step = GpuStep(
                 layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), skip + near_taps[0],
                 near_taps, order=config.order, eps=config.norm_eps, block=GRAPH, shapes=shapes, pdl=pdl,
@@ -280,28 +282,14 @@ def positions(
         torch.cuda.current_stream().wait_event(fork.record_event())
 
 
-def _pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    return module.weight.detach(), module.bias.detach()  # type: ignore[union-attr, return-value]
-
-
 def _narrow(weight: Tensor) -> Tensor:
     """The same values as bfloat16 if none changes."""
     narrow = weight.to(torch.bfloat16)
     return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
 
 
-def _layer(exact: Block) -> GpuLayer:
-    def matrix(name: str) -> tuple[Tensor, Tensor]:
-        weight, bias = _pair(exact.get_submodule(name))
-        return _narrow(weight), bias
-
-    short = exact.mixer.short
-    return GpuLayer(
-        norm1=_pair(exact.norm1),
-        in_proj=matrix("mixer.in_proj"),
-        short=(short.weight.detach()[:, 0].T.contiguous(), short.bias.detach()),
-        out_proj=matrix("mixer.out_proj"),
-        norm2=_pair(exact.norm2),
-        fc1=matrix("mlp.fc1"),
-        fc2=matrix("mlp.fc2"),
-    )
+def _streamed(layer: LayerWeights) -> LayerWeights:
+    """The same layer as the kernels read it: matrices narrow where nothing is lost, short filters [taps, W]."""
+    matrices = {name: getattr(layer, name) for name in ("in_proj", "out_proj", "fc1", "fc2")}
+    narrow = {name: (_narrow(weight), bias) for name, (weight, bias) in matrices.items()}
+    return replace(layer, short=(layer.short[0].T.contiguous(), layer.short[1]), **narrow)

@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
+from flash_inference.ops.decode_step.numpy import LayerWeights
+
 
 @triton.jit
 def _stream(w, row, wanted, N: tl.constexpr):
@@ -240,11 +242,6 @@ def choose_and_embed(
         tl.store(clock, base + step)
 
 
-def next_power(n: int) -> int:
-    """The smallest power of two >= n."""
-    return 1 << (n - 1).bit_length()
-
-
 @dataclass(frozen=True)
 class Shapes:
     """Output rows a program and warps of every kernel. Measured on an H100 at D = 768."""
@@ -261,28 +258,16 @@ class Shapes:
         return cls() if width >= 512 else cls(out=(2, 1), fc1=(8, 4), fc2=(2, 1), head=(16, 4))
 
 
-@dataclass(frozen=True, slots=True)
-class GpuLayer:
-    """The tensors of one layer: matrices [out, in] as stored, everything else float32."""
-
-    norm1: tuple[Tensor, Tensor]
-    in_proj: tuple[Tensor, Tensor]
-    short: tuple[Tensor, Tensor]
-    out_proj: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, Tensor]
-    fc2: tuple[Tensor, Tensor]
-
-
 class GpuStep:
     """Launches one position of one sequence through all layers, head and choice, on the current stream.
 
-    Everything it reads and writes is allocated here or given here, so that the launches can be captured in a graph.
+    Short filters are [taps, W], and all but the matrices float32. Everything it reads and writes is allocated here or
+    given here, so that the launches can be captured in a graph.
     """
 
     def __init__(
         self,
-        layers: list[GpuLayer],
+        layers: list[LayerWeights],
         norm: tuple[Tensor, Tensor],
         embedding: Tensor,
         head_weight: Tensor,
@@ -387,7 +372,8 @@ class GpuStep:
         D = self.width
         choose_and_embed[(1,)](
             self.best, self.best_at, self.token, self.embedding, self.x, clock, tokens, host_tokens, stamps, offset,
-            self.programs, self.vocab, self.block, D=D, K=next_power(D), PIECES=next_power(self.programs),
-            GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda, num_warps=4,
+            self.programs, self.vocab, self.block, D=D, K=triton.next_power_of_2(D),
+            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
+            num_warps=4,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
