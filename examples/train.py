@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import HyenaConfig
+from flash_inference.models.hyena import HyenaConfig
 from flash_inference.models.tokens import TOKENS
 from flash_inference.models.weights import save
 

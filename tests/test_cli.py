@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import flash_inference as fi
 from flash_inference.cli import COMMANDS, app
+from flash_inference.cli.plan import _ranges
 from flash_inference.cli.records import parse_fasta, wrap
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.ops.tile_conv import TILE_CONV_IMPLS, Choice, Impl, table_path
 
 BYTES = HyenaConfig(256, 8, 1, 512, filter=FilterConfig(width=8))
@@ -288,6 +289,11 @@ def test_plan():
     shown = run("plan", "./bytes", "--tokens", 100, "--tiling", "blocked").stdout
     assert "Prompted(Blocked(99), 1)" in shown
     assert "workspace" in shown
+    assert [(layer["part"], layer["decodes"]) for layer in row["layers"]] == [
+        ("ImplicitFilter", "tiles"),
+        ("ShortConv", "FIR ring"),
+    ]
+    assert "a long filter without a short recurrence" in shown
     run("plan", "./bytes", "--tokens", 1)
 
 
@@ -407,3 +413,7 @@ def test_demo_tells_all():
     (row,) = rows(run("demo", "--model", "./bytes", "--tokens", 40, "--json"))
     assert row["equal"]
     assert shown.startswith(row["text"])
+
+
+def test_blocks_that_decode_alike_share_a_line():
+    assert [_ranges(numbers) for numbers in ([0], [0, 0], [0, 1, 2], [0, 2, 3, 7])] == ["0", "0", "0-2", "0, 2-3, 7"]

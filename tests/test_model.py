@@ -9,7 +9,7 @@ import torch
 
 from flash_inference import ExplicitFilter, FilterConfig, HyenaConfig, ImplicitFilter, LanguageModel
 from flash_inference.errors import LengthError, ModelError, TokenError
-from flash_inference.models.blocks import Hyena
+from flash_inference.models.hyena import Hyena
 from flash_inference.testing import hyena_oracle, implicit_filter_oracle, model_oracle, random_model
 
 EXACT = 1e-10

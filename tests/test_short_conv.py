@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_inference.mixers import ShortConv
+from flash_inference.mixers import Moment, ShortConv
 from flash_inference.testing import short_conv_oracle
 from flash_inference.testing.strategies import chunks, lengths
 
@@ -38,13 +38,22 @@ def test_forward_is_the_definition(length: int, taps: int) -> None:
 def test_any_chunks(data: st.DataObject) -> None:
     length, taps = data.draw(lengths(40)), data.draw(st.integers(1, 5))
     conv, u = made(3, taps), torch.randn(2, length, 3, dtype=torch.float64)
-    pending, pieces, at = conv.init(2), [], 0
+    past, pieces, at = conv.init(2), [], 0
     for n in data.draw(chunks(length)):
-        pieces.append(conv.extend(pending, u[:, at : at + n]))
+        pieces.append(conv.extend(past, u[:, at : at + n], Moment(at)))
         at += n
     exact = short_conv_oracle(u, conv.weight[:, 0], conv.bias)
     slack = bound(conv, u) + EPS * conv.bias.abs() * length
     assert ((torch.cat(pieces, dim=1) - exact).abs() <= slack).all()
+
+
+def test_a_moment_knows_which_positions_have_begun() -> None:
+    start = torch.tensor([0, 5])
+    for moment in (Moment(3, start), Moment(3, start, last_start=5)):
+        assert moment.positions(3).tolist() == [[3, 4, 5], [-2, -1, 0]]
+        assert moment.alive(3).tolist() == [[True, True, True], [False, False, True]]
+        assert moment.mute(torch.full((2, 3, 1), torch.inf))[1, :, 0].tolist() == [0, 0, torch.inf]
+    assert Moment(5, start).alive(3) is Moment(5, start, last_start=5).alive(3) is Moment(0).alive(3) is None
 
 
 def test_the_last_weight_is_the_newest() -> None:
@@ -56,4 +65,23 @@ def test_the_last_weight_is_the_newest() -> None:
 
 def test_an_empty_past_is_the_bias() -> None:
     conv = made(3, 4)
-    assert torch.equal(conv.init(2), conv.bias.expand(3, 2, 3))
+    assert torch.equal(conv.init(2).pending, conv.bias.expand(2, 3, 3))
+    assert conv.init(2).pending.nbytes == 2 * conv.past_bytes(100)
+
+
+@given(data=st.data())
+def test_rows_begin_at_their_own_clocks(data: st.DataObject) -> None:
+    """What enters before a row's start leaves no trace, whatever it is."""
+    length, taps = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 5))
+    starts = data.draw(st.lists(st.integers(0, length - 1), min_size=3, max_size=3))
+    conv, u = made(3, taps), torch.randn(3, length, 3, dtype=torch.float64)
+    past, pieces, at = conv.init(3), [], 0
+    for n in data.draw(chunks(length)):
+        pieces.append(conv.extend(past, u[:, at : at + n], Moment(at, torch.tensor(starts))))
+        at += n
+    got = torch.cat(pieces, dim=1)
+    for row, start in enumerate(starts):
+        own = u[row : row + 1, start:]
+        exact = short_conv_oracle(own, conv.weight[:, 0], conv.bias)
+        slack = bound(conv, own) + EPS * conv.bias.abs() * length
+        assert ((got[row : row + 1, start:] - exact).abs() <= slack).all()

@@ -9,6 +9,7 @@ import torch
 
 from flash_inference.engine.decode import default_tiling
 from flash_inference.errors import StateError, TilingError
+from flash_inference.mixers.mixer import tensors
 from flash_inference.models.snapshot import load_state, save_state
 from flash_inference.testing import random_model
 from flash_inference.tiling import (
@@ -91,8 +92,10 @@ def test_no_inference_tensor_leaks_into_a_saved_state(running):
     decoder, state, _ = running
     with torch.inference_mode():
         copy = decoder.clone(state)
-    tensors = (copy.short, copy.stack.history, copy.stack.inputs, copy.stack.partial, copy.stack.start)
-    assert not any(tensor.is_inference() for tensor in tensors)
+    saved = [copy.start, copy.stack.history, copy.stack.inputs, copy.stack.partial, copy.stack.start]
+    saved += [tensor for pasts in copy.pasts for past in pasts for tensor in tensors(past).values()]
+    assert len(saved) == 7
+    assert not any(tensor.is_inference() for tensor in saved)
 
 
 def test_every_damage_is_a_named_error(running, tmp_path):

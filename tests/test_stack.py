@@ -188,6 +188,26 @@ def test_one_buffer(make) -> None:
         assert state.nbytes == state.history.nbytes + 2 * state.block * 6 * 2 * 4
 
 
+@settings(max_examples=20)
+@given(data=st.data())
+def test_convolutions_of_different_widths_lie_side_by_side(data: st.DataObject) -> None:
+    widths, length = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)), data.draw(lengths(100))
+    channels = sum(widths)
+    rho, skip = torch.randn(channels, length, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
+    y = torch.randn(2, length, channels, dtype=torch.float64)
+    stack = Stack(PreparedFilter(rho), widths, skip)
+    assert stack.count == len(widths)
+    state, outputs, at = stack.init(2, data.draw(tilings(length))), [], 0
+    for n in data.draw(chunks(length)):
+        stack.begin(state, n)
+        parts = y[:, at : at + n].split(widths, dim=2)
+        outputs.append(torch.cat([stack.mix(state, m, part) for m, part in enumerate(parts)], dim=2))
+        stack.commit(state, n)
+        at += n
+    bound = causal_bound(y, rho, skip, eps=torch.finfo(torch.float64).eps, payments=length)
+    assert ((torch.cat(outputs, dim=1) - causal_conv_oracle(y, rho) - skip * y).abs() <= bound).all()
+
+
 def test_states_are_independent() -> None:
     stack = Stack(PreparedFilter(torch.randn(4, 100)), 2)
     y = torch.randn(2, 1, 100, 4)
@@ -255,6 +275,8 @@ def test_more_positions_than_the_tiling_has() -> None:
 def test_a_width_that_does_not_divide() -> None:
     with pytest.raises(ShapeError, match=r"the filter has 5 channels; expected a multiple of the width 2"):
         Stack(PreparedFilter(torch.randn(5, 9)), 2)
+    with pytest.raises(ShapeError, match=r"the filter has 5 channels; the convolutions' widths \[2, 2\] add up to 4"):
+        Stack(PreparedFilter(torch.randn(5, 9)), [2, 2])
 
 
 @pytest.mark.parametrize("length", [None, 40])

@@ -8,7 +8,7 @@ import torch
 from flash_inference.engine.verify import verify
 from flash_inference.errors import LengthError, NumericsError, ShapeError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.tiling import Blocked, Lazy, Relaxed
 
 TINY = HyenaConfig(32, 8, 2, 256, filter=FilterConfig(width=8), tied=False)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from flash_inference.errors import CheckpointError, FlashInferenceError, ModelError
 from flash_inference.models import weights
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.weights import CONFIG, MANIFEST, TENSORS, load, load_folder, save
 
 TINY = HyenaConfig(8, 4, 1, 16, filter=FilterConfig(width=4), stop_tokens=(1,))

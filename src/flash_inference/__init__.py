@@ -7,7 +7,7 @@ from flash_inference.engine.score import score
 from flash_inference.filters import ExplicitFilter, ImplicitFilter
 from flash_inference.mixers import LongConv, OnlineConvolution
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.weights import load, save
 
 __version__ = "0.1.0"

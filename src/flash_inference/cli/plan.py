@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +13,7 @@ from flash_inference.cli.options import Json, Model, Tokens
 from flash_inference.cli.tilings import SPREAD, build
 
 if TYPE_CHECKING:
-    from flash_inference.engine.plan import Plan
+    from flash_inference.engine.plan import LayerPlan, Plan
     from flash_inference.tiling import Cost, Tiling
 
 COMPARED = ("lazy", "eager", "epoched", "relaxed", "blocked", SPREAD)
@@ -29,9 +31,10 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Tell the memory and the work of a run, before anything is allocated.
+    """Tell how a model decodes, and the memory and the work of a run, before anything is allocated.
 
-    The memory is by purpose, beside the model's weights. The work is modelled, for every tiling: multiply-adds per
+    Each part of a block decodes in its own way: by tiles, by a recurrence, from a ring or a cache. The memory is by
+    purpose, beside the model's weights. The work is modelled, for every tiling: multiply-adds per
     channel of the tiles, in all and in the dearest step, a tile being summed directly or by FFT, whichever is less.
 
     \b
@@ -79,6 +82,7 @@ def _values(model: str, planned: Plan, free: int | None, costs: dict[str, Cost])
         "positions": planned.positions,
         "batch": planned.batch,
         "tiling": repr(planned.tiling),
+        "layers": [dataclasses.asdict(layer) for layer in planned.layers],
         "bytes": {part: getattr(planned, part) for part in PARTS},
         "free": free,
         "fits": None if free is None else planned.total <= free,
@@ -97,6 +101,15 @@ def _values(model: str, planned: Plan, free: int | None, costs: dict[str, Cost])
 def _print(planned: Plan, free: int | None, costs: dict[str, Cost]) -> None:
     lazy = costs["lazy"].total or 1
     write(f"{planned.batch} x {planned.positions:,} positions, {planned.tiling!r}\n\n")
+    write_table(
+        ["blocks", "part", "decodes by", "past of a row", "why"],
+        [
+            [_ranges(numbers), layer.part, layer.decodes, size(layer.bytes), layer.why]
+            for layer, numbers in _alike(planned.layers)
+        ],
+        left=True,
+    )
+    write("\n")
     rows = [[part, size(getattr(planned, part))] for part in PARTS]
     rows.append(["free", "unknown" if free is None else size(free)])
     write_table(["memory", "bytes"], rows)
@@ -111,3 +124,18 @@ def _print(planned: Plan, free: int | None, costs: dict[str, Cost]) -> None:
         ],
     )
     write("\nModelled multiply-adds of the tiles; pairs inside a block, and the prompt's own forward, are not in it.\n")
+
+
+def _alike(layers: tuple[LayerPlan, ...]) -> list[tuple[LayerPlan, list[int]]]:
+    """Parts that differ in nothing but their block, with the numbers of their blocks."""
+    found: dict[LayerPlan, list[int]] = {}
+    for layer in layers:
+        found.setdefault(dataclasses.replace(layer, block=0), []).append(layer.block)
+    return list(found.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, neighbours joined: 0-3, 7."""
+    breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if b > a + 1), len(numbers)]
+    parts = [numbers[first:stop] for first, stop in pairwise(breaks)]
+    return ", ".join(f"{part[0]}-{part[-1]}" if part[-1] > part[0] else str(part[0]) for part in parts)

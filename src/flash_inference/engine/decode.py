@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash_inference.engine.payer import Payer
 from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.models.fused import unfused
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def best_device() -> tuple[str, str | None]:
 def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None) -> Decoder | GpuDecoder:
     """The model made ready for `length` positions: with the GPU's kernels where it is on one that has them.
 
-    Where it is on a GPU that lacks them, a warning says why, and PyTorch's operations run there instead.
+    Where the GPU lacks them, or they do not know the model, a warning says why, and PyTorch's operations run instead.
     """
     device = model.embedding.weight.device
     if device.type == "cuda":
@@ -78,7 +79,7 @@ def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None)
         except ImportError as error:
             reason = f"{error}; pip install triton"
         else:
-            reason = gpu.unusable(model.embedding.weight)
+            reason = gpu.unusable(model.embedding.weight) or unfused(model)
             if reason is None:
                 return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded")
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)

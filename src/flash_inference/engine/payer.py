@@ -32,6 +32,7 @@ class Payer:
         stack = state.stack
         self.beside = (
             beside
+            and stack is not None
             and stack.tiling.length is not None
             and bool(stack.tiling.slacks)
             and min(stack.tiling.slacks) >= stack.block
@@ -65,10 +66,12 @@ class Payer:
     def __call__(self) -> None:
         """Pays, or hands over, what became payable with the last position, and waits for what the next one reads."""
         stack = self.state.stack
+        if stack is None:
+            return
         clock = stack.clock
         if stack.paid < clock:
             near: list[Rectangle | Share] = []
-            for tile in self.decoder.stack.take(stack):
+            for tile in self.decoder.take(self.state):
                 whole = tile.tile if isinstance(tile, Share) else tile
                 if self._thread is not None and whole.slack > 0:
                     self._hand(tile, whole.due)
@@ -85,7 +88,7 @@ class Payer:
             torch.set_num_threads(1)
         try:
             for tile in tiles:
-                self.decoder.stack.apply(self.state.stack, tile)
+                self.decoder.apply(self.state, tile)
         finally:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
@@ -119,7 +122,7 @@ class Payer:
         with torch.no_grad():
             while (tile := self._work.get()) is not None:
                 try:
-                    self.decoder.stack.apply(self.state.stack, tile, staged=False)
+                    self.decoder.apply(self.state, tile, staged=False)
                     self._done.put(None)
                 except BaseException as error:
                     self._done.put(error)

@@ -12,21 +12,41 @@ import torch
 from flash_inference.engine.decode import PREFILL_CHUNK, default_tiling
 from flash_inference.errors import PlanError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import HyenaConfig
 from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv import Choice, Impl
 from flash_inference.tiling import Cost, Prompted, Rectangle, Spread, Tile, Tiling, cost
 
 WORKSPACE = 12 << 20
+WHY = {
+    "tiles": "a long filter without a short recurrence",
+    "recurrence": "a filter that is a short sum of exponentials",
+    "FIR ring": "a filter of few taps",
+    "KV cache": "every position weighs the past anew",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How a part of a block decodes, and why; `bytes` is what one row of the batch keeps of the past for it."""
+
+    block: int
+    part: str
+    decodes: str
+    bytes: int
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes of a run, by what they are for. `total` is what the process grows by, the model's weights aside."""
+    """Bytes of a run, by what they are for. `total` is what the process grows by, the model's weights aside.
+
+    `layers` tells how each part of each block decodes.
+    """
 
     positions: int
     batch: int
     tiling: Tiling
+    layers: tuple[LayerPlan, ...]
     state: int
     filters: int
     spectra: int
@@ -43,31 +63,38 @@ def plan(
 ) -> Plan:
     """The memory of a generation, computed from shapes; nothing is allocated.
 
-    state: one buffer of positions * batch * channels numbers, its staged block and the short convolutions;
+    state: one buffer of positions * batch * channels numbers, its staged block, and the pasts of the mixers that keep
+    one of their own;
     filters: the taps; spectra: those that the tiling's tiles use, up to the budget (the taps' size, at least 64 MiB);
     workspace: transforms in flight and the largest activations of the prompt.
     """
-    config = model.config
     tiling = default_tiling(max(max_new_tokens - 1, 1), prompt) if tiling is None else tiling
     size = 8 if model.embedding.weight.itemsize == 8 else 4
-    channels = config.layers * (config.order - 1) * config.width
     length = prompt + max_new_tokens
+    channels = sum(group.filter.channels for block in model.blocks for group in block.convolutions)
+    own = sum(mixer.past_bytes(length) for block in model.blocks for mixer in block.mixers)
     block = max(tiling.block, 32)
     rows = -(-prompt // block) * block + -(-max_new_tokens // block) * block
-    short = config.layers * (config.short_taps - 1) * batch * (config.order + 1) * config.width
-    state = size * (batch * channels * (rows + 2 * block) + short)
+    state = batch * (size * channels * (rows + 2 * block) + own)
     filters = size * channels * (length + min(length, 256))
     budget = max(size * channels * length, 64 << 20)
-    spectra = _spectra(tiling, length, channels, size, budget)
-    workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * _activations(config)
-    return Plan(length, batch, tiling, state, filters, spectra, workspace)
+    spectra = _spectra(tiling, length, channels, size, budget) if channels else 0
+    workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * max(b.activations for b in model.blocks)
+    return Plan(length, batch, tiling, layer_plans(model, length), state, filters, spectra, workspace)
 
 
-def _activations(config: HyenaConfig) -> int:
-    """Numbers per position of a chunk that live at once: the wider of the Hyena operator's and the MLP's peaks."""
-    mixer = 4 * (config.order + 1) * config.width + 4 * config.width
-    mlp = 2 * config.mlp_width + 3 * config.width
-    return max(mixer, mlp)
+def layer_plans(model: LanguageModel, length: int) -> tuple[LayerPlan, ...]:
+    """How each part of each block decodes `length` positions: long convolutions by tiles, mixers as they say."""
+    size = 8 if model.embedding.weight.itemsize == 8 else 4
+    plans: list[LayerPlan] = []
+    for number, block in enumerate(model.blocks):
+        for group in block.convolutions:
+            bytes = size * group.filter.channels * length
+            plans.append(LayerPlan(number, type(group.filter).__name__, "tiles", bytes, WHY["tiles"]))
+        for mixer in block.mixers:
+            why = WHY.get(mixer.decodes, "it keeps a past of its own")
+            plans.append(LayerPlan(number, type(mixer).__name__, mixer.decodes, mixer.past_bytes(length), why))
+    return tuple(plans)
 
 
 def work(tiling: Tiling) -> Cost:

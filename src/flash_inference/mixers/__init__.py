@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from flash_inference.mixers.long_conv import LongConv
+from flash_inference.mixers.mixer import Mixer, Moment
 from flash_inference.mixers.online import OnlineConvolution
-from flash_inference.mixers.short_conv import ShortConv
+from flash_inference.mixers.short_conv import ShortConv, ShortPast
 from flash_inference.mixers.stack import Stack, StackState
 
-__all__ = ["LongConv", "OnlineConvolution", "ShortConv", "Stack", "StackState"]
+__all__ = ["LongConv", "Mixer", "Moment", "OnlineConvolution", "ShortConv", "ShortPast", "Stack", "StackState"]

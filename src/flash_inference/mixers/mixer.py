@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ Past = TypeVar("Past")
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When an `extend` happens: `clock` positions are known, row b of the batch began at clock `start[b]`."""
+    """When an `extend` happens: `clock` positions are known, row b of the batch began at clock `start[b]`.
+
+    `last_start` is the largest of the starts, where it is known beforehand: a device then need not be asked.
+    """
 
     clock: int
     start: Tensor | None = None
+    last_start: int | None = None
 
     def positions(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """[B or 1, n]: the next n positions as each row counts them, from 0 at its start; negative before it."""
@@ -25,9 +30,17 @@ class Moment:
 
     def alive(self, n: int, device: torch.device | str | None = None) -> Tensor | None:
         """[B, n]: which of the next n positions have begun. None: all of them."""
-        if self.start is None or self.clock >= int(self.start.max()):
+        if self.start is None:
+            return None
+        last = int(self.start.max()) if self.last_start is None else self.last_start
+        if self.clock >= last:
             return None
         return self.positions(n, device) >= 0
+
+    def mute(self, x: Tensor) -> Tensor:
+        """The next inputs x [B, N, D] with zeros in the place of those before a row's start, whatever these are."""
+        alive = self.alive(x.shape[1], x.device)
+        return x if alive is None else x.masked_fill(~alive[..., None], 0)
 
 
 class Mixer(Protocol[Past]):
@@ -35,16 +48,34 @@ class Mixer(Protocol[Past]):
 
     `Past` is a dataclass of tensors whose first axis is the batch: what the positions so far leave behind. It is made
     by `init`, advanced in place by `extend`, and can so be saved, forked, cut into rows and moved like any value.
+    `decodes` names the way of decoding in a plan: "recurrence", "FIR ring", "KV cache".
     """
 
-    def init(self, batch: int, length: int) -> Past:
+    decodes: ClassVar[str]
+
+    def past_bytes(self, length: int, /) -> int:
+        """Bytes of one row's past with room for `length` positions."""
+        ...
+
+    def init(self, batch: int, length: int, /) -> Past:
         """An empty past of `batch` rows, with room for `length` positions where room is needed."""
         ...
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, /) -> Tensor:
         """The definition: x [B, L, D] -> [B, L, D'], each position from itself and its past."""
         ...
 
-    def extend(self, past: Past, x: Tensor, moment: Moment) -> Tensor:
+    def extend(self, past: Past, x: Tensor, moment: Moment, /) -> Tensor:
         """The next N positions x [B, N, D] -> [B, N, D'], exact anywhere; those before a row's start leave no trace."""
         ...
+
+
+def tensors(past: Any) -> dict[str, Tensor]:
+    """The tensors of a past, by the names of its fields."""
+    return {field.name: getattr(past, field.name) for field in dataclasses.fields(past)}
+
+
+def clone(past: Past) -> Past:
+    """An independent copy of a past."""
+    with torch.inference_mode(False), torch.no_grad():
+        return dataclasses.replace(past, **{name: tensor.clone() for name, tensor in tensors(past).items()})  # type: ignore[type-var]

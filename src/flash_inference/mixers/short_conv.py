@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+
+from flash_inference.mixers.mixer import Moment
+
+
+@dataclass(slots=True)
+class ShortPast:
+    """`pending` [B, taps - 1, C]: what the inputs so far owe the next positions, bias included."""
+
+    pending: Tensor
 
 
 class ShortConv(nn.Module):
     """s[t] = bias + sum over k < taps of weight[:, taps - 1 - k] u[t - k]: the last weight multiplies the newest input.
 
-    Depthwise and causal; positions before the first count as zero inputs. Its state `pending` [taps - 1, B, C] is what
-    the past owes the next positions, bias included.
+    Depthwise and causal; positions before a row's first count as zero inputs.
     """
+
+    decodes: ClassVar[str] = "FIR ring"
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
@@ -25,16 +38,23 @@ class ShortConv(nn.Module):
         padded = nn.functional.pad(u.transpose(1, 2), (self.taps - 1, 0))
         return nn.functional.conv1d(padded, self.weight, self.bias, groups=self.channels).transpose(1, 2)
 
-    def init(self, batch: int) -> Tensor:
-        """The state of an empty past: the bias alone."""
-        return self.bias.detach().expand(self.taps - 1, batch, -1).clone()
+    def past_bytes(self, length: int) -> int:
+        """Bytes of one row's past, whatever the length."""
+        return (self.taps - 1) * self.channels * self.bias.itemsize
 
-    def extend(self, pending: Tensor, u: Tensor) -> Tensor:
-        """The next N positions u [B, N, C] -> [B, N, C], exact anywhere; `pending` is advanced in place."""
+    def init(self, batch: int, length: int = 0) -> ShortPast:
+        """An empty past: the bias alone, for any number of positions."""
+        return ShortPast(self.bias.detach().expand(batch, self.taps - 1, -1).clone())
+
+    def extend(self, past: ShortPast, u: Tensor, moment: Moment) -> Tensor:
+        """The next N positions u [B, N, C] -> [B, N, C], exact anywhere; `past` is advanced in place.
+
+        What enters before a row's start is zeroed here, since the biases of earlier layers refill padded inputs.
+        """
         N, edge = u.shape[1], self.taps - 1
-        padded = nn.functional.pad(u.transpose(1, 2), (edge, edge))
+        padded = nn.functional.pad(moment.mute(u).transpose(1, 2), (edge, edge))
         sums = nn.functional.conv1d(padded, self.weight, self.bias, groups=self.channels).transpose(1, 2)
         if edge:
-            sums = torch.cat([sums[:, :edge] + (pending - self.bias).transpose(0, 1), sums[:, edge:]], dim=1)
-            pending.copy_(sums[:, N:].transpose(0, 1))
+            sums = torch.cat([sums[:, :edge] + (past.pending - self.bias), sums[:, edge:]], dim=1)
+            past.pending.copy_(sums[:, N:])
         return sums[:, :N]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -73,15 +75,16 @@ class StackState:
 class Stack:
     """M causal depthwise convolutions of width D with one PreparedFilter [M * D, taps] and skip terms [M * D].
 
+    A list of widths stands for convolutions of different widths, side by side; M * D is then their sum.
+
     z[m, t, d] = sum over i <= t of y[m, i, d] rho[m, t - i, d] + skip[m, d] y[m, t, d], exactly, for positions that
     arrive in any chunks. One step is `begin(n)`, `mix(m, y)` for m = 0 .. M - 1 in order, `commit(n)`; between steps
     `due` tells the tiles that became payable and `pay` pays one of them for all M convolutions at once.
     """
 
-    def __init__(self, filter: PreparedFilter, width: int, skip: Tensor | None = None) -> None:
-        if filter.channels % width:
-            raise ShapeError(f"the filter has {filter.channels} channels; expected a multiple of the width {width}.")
+    def __init__(self, filter: PreparedFilter, width: int | Sequence[int], skip: Tensor | None = None) -> None:
         self.filter, self.width, self.passing = filter, width, filter.passing()
+        self.lanes = _lanes(filter.channels, width)
         with torch.inference_mode(False), torch.no_grad():
             zero = torch.zeros_like(filter.rho[:, 0])
             self.skip = zero if skip is None else skip.detach().to(zero).clone()
@@ -90,7 +93,7 @@ class Stack:
     @property
     def count(self) -> int:
         """M, the number of convolutions."""
-        return self.filter.channels // self.width
+        return len(self.lanes)
 
     def init(
         self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None
@@ -238,8 +241,7 @@ class Stack:
 
     def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
         """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""
-        D, N = self.width, y.shape[1]
-        lanes = slice(m * D, (m + 1) * D)
+        N, lanes = y.shape[1], self.lanes[m]
         if state.clock < state.last_start:
             y = y * self.alive(state, N)[..., None].to(y.dtype)
         if state.staged:
@@ -364,6 +366,21 @@ def check_tiling(tiling: Tiling, taps: int) -> None:
             f"{tiling!r} has parallelograms, for filters that become known with the sequence; this filter is known "
             "beforehand. Use Relaxed, Blocked or Separated."
         )
+
+
+def _lanes(channels: int, width: int | Sequence[int]) -> list[slice]:
+    """The channels of each convolution."""
+    if isinstance(width, int):
+        if channels % width:
+            raise ShapeError(f"the filter has {channels} channels; expected a multiple of the width {width}.")
+        width = [width] * (channels // width)
+    if sum(width) != channels:
+        raise ShapeError(
+            f"the filter has {channels} channels; the convolutions' widths {list(width)} add up to {sum(width)}. "
+            "Give one width for each convolution of the filter."
+        )
+    stops = list(accumulate(width))
+    return [slice(stop - size, stop) for stop, size in zip(stops, width, strict=True)]
 
 
 def _round_up(n: int, block: int) -> int:

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from flash_inference.errors import LengthError, ModelError, TokenError
-from flash_inference.models.blocks import Block
-from flash_inference.models.config import HyenaConfig
+from flash_inference.models.config import ModelConfig
 from flash_inference.models.decoder import Decoder
 from flash_inference.models.tokens import TOKENS, Table
 
 
 class LanguageModel(nn.Module):
-    """A long convolution language model: tokens [B, L] -> logits [B, L, V]."""
+    """A language model of any family: tokens [B, L] -> logits [B, L, V]. Its config builds the parts that differ."""
 
-    def __init__(self, config: HyenaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        # What a family has beyond ModelConfig and Block is known to those who know the family.
+        self.config: Any = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = cast("list[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.blocks = cast("list[Any]", nn.ModuleList(config.blocks()))
+        self.norm: Any = config.final_norm()
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if config.tied:
@@ -77,10 +77,11 @@ class LanguageModel(nn.Module):
 
         Kept and reused while the weights stay the same and the length suffices.
         """
-        length = self.config.length if length is None else length
-        if not 1 <= length <= self.config.length:
+        limit: int = self.config.length
+        length = limit if length is None else length
+        if not 1 <= length <= limit:
             raise LengthError(
-                f"{length} positions were asked for; this model's filter allows 1 .. {self.config.length}. "
+                f"{length} positions were asked for; this model's filter allows 1 .. {limit}. "
                 "Shorten the prompt, or ask for fewer new tokens."
             )
         version = tuple((p.data_ptr(), p._version) for p in self.parameters())

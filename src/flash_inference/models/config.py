@@ -1,49 +1,37 @@
-"""The configuration of a model: a frozen value that can be written, read and compared."""
+"""What every model's configuration is: a frozen value that can be written, read and compared, and that builds parts."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
+
+from torch import nn
 
 from flash_inference.errors import ModelError
 
-
-@dataclass(frozen=True, slots=True)
-class FilterConfig:
-    """How a layer's filter is given: `kind` "implicit" (sine MLP and window) or "explicit" (one number per tap)."""
-
-    kind: str = "implicit"
-    width: int = 64
-    features: int = 5
-    inner: int = 2
-    frequency: float = 10.0
-    modulate: bool = True
-    shift: float = 0.0
-    fast_decay: float = 0.3
-    slow_decay: float = 1.5
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments that the filter class of this kind takes."""
-        values = dataclasses.asdict(self)
-        kind = values.pop("kind")
-        return values if kind == "implicit" else {}
+if TYPE_CHECKING:
+    from flash_inference.models.block import Block
 
 
 @dataclass(frozen=True, slots=True)
-class HyenaConfig:
-    """A Hyena language model. `length` is the filter length, hence the longest sequence the model can run."""
+class ModelConfig(ABC):
+    """The settings that all families share. A family's config adds its own, and builds the family's parts.
+
+    `length` is the longest sequence that the model can run: the filters' length. `tokens` names the table between text
+    and ids. With `tied` the head's weights are the embedding's. `family` is the name under which folders store it.
+    Raises ModelError for a value out of its range.
+    """
+
+    family: ClassVar[str]
 
     vocab_size: int
     width: int
     layers: int
     length: int
-    order: int = 2
-    inner: int = 0
-    short_taps: int = 3
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    norm_eps: float = 1e-5
+    _: KW_ONLY
     tied: bool = True
     dropout: float = 0.0
     tokens: str = "bytes"
@@ -52,55 +40,62 @@ class HyenaConfig:
     pad_token: int = 0
 
     def __post_init__(self) -> None:
-        checks = {
+        for name, good in self.ranges().items():
+            if not good:
+                raise ModelError(
+                    f"{type(self).__name__}.{name} = {getattr(self, name)!r} is out of range. "
+                    "Sizes are at least 1 (order at least 2), token ids lie inside the vocabulary."
+                )
+
+    def ranges(self) -> dict[str, bool]:
+        """Whether each field that has a range lies in it. A family adds its own fields to these."""
+        return {
             "vocab_size": self.vocab_size >= 1,
             "width": self.width >= 1,
             "layers": self.layers >= 1,
             "length": self.length >= 1,
-            "order": self.order >= 2,
-            "inner": self.inner >= 0,
-            "short_taps": self.short_taps >= 1,
             "dropout": 0 <= self.dropout < 1,
             "start_token": 0 <= self.start_token < self.vocab_size,
             "pad_token": 0 <= self.pad_token < self.vocab_size,
         }
-        for name, good in checks.items():
-            if not good:
-                raise ModelError(
-                    f"HyenaConfig.{name} = {getattr(self, name)!r} is out of range. "
-                    "Sizes are at least 1 (order at least 2), token ids lie inside the vocabulary."
-                )
 
-    @property
-    def mlp_width(self) -> int:
-        """Width of the MLP's hidden layer: `inner`, or 4 x width where inner is 0."""
-        return self.inner or 4 * self.width
+    @abstractmethod
+    def blocks(self) -> list[Block]:
+        """The blocks in order, with fresh weights."""
+
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """What stands between the last block and the head."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HyenaConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Reads what `to_dict` wrote; unknown or missing keys raise and name the nearest field."""
-        values = dict(values)
         _check_keys(cls, values)
-        filter_values = values.pop("filter", {})
-        if not isinstance(filter_values, dict):
-            raise ModelError(f"config key 'filter' is {type(filter_values).__name__}; expected an object of settings.")
-        _check_keys(FilterConfig, filter_values)
+        hints = get_type_hints(cls)
         try:
-            if "stop_tokens" in values:
-                values["stop_tokens"] = tuple(values["stop_tokens"])
-            return cls(filter=FilterConfig(**filter_values), **values)
+            return cls(**{key: _parsed(key, hints[key], value) for key, value in values.items()})
         except TypeError as error:
             raise ModelError(
-                f"config does not make a HyenaConfig: {error}. Compare with HyenaConfig's fields."
+                f"config does not make a {cls.__name__}: {error}. Compare with {cls.__name__}'s fields."
             ) from None
 
 
+def _parsed(key: str, kind: Any, value: Any) -> Any:
+    """A field's value from JSON: lists are tuples, objects are settings of a dataclass."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ModelError(f"config key {key!r} is {type(value).__name__}; expected an object of settings.")
+        _check_keys(kind, value)
+        return kind(**value)
+    return tuple(value) if get_origin(kind) is tuple else value
+
+
 def _check_keys(kind: type, values: dict[str, Any]) -> None:
-    names = [f.name for f in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1)

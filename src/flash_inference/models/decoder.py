@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flash_inference.filters import ExplicitFilter, ImplicitFilter
+from flash_inference.errors import LengthError
+from flash_inference.mixers.mixer import Moment, clone, tensors
 from flash_inference.mixers.stack import Stack, StackState
-from flash_inference.ops.decode_step import BoundStep, HyenaStep, LayerWeights
+from flash_inference.models.block import BlockPast, Convolutions
+from flash_inference.models.fused import fused_step, pack_short
+from flash_inference.ops.decode_step import BoundStep
 from flash_inference.ops.memory import roomy_zeros
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Rectangle, Share, Tiling
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
-    from flash_inference.models.blocks import Block
 
 
 PIECE = 1024
@@ -26,169 +31,202 @@ PIECE = 1024
 
 @dataclass(slots=True)
 class ModelState:
-    """The past of a batch of sequences: the long convolutions' stack, and the short convolutions' pending sums.
+    """The past of a batch of sequences, as one value.
 
-    `short` is [layers, taps - 1, B, (N + 1) D]. `step` holds no past: the fused step over this state's memory.
+    `pasts[i][j]` is the past of block i's mixer j; `stack` the past of all long convolutions, None where there are
+    none. `start` [B] is the clock at which each row begins, `last_start` the largest; `clock` counts the positions
+    known, `room` those that the mixers' pasts were made for. `step` holds no past: the fused step over this memory.
     """
 
-    stack: StackState
-    short: Tensor
+    pasts: list[list[Any]]
+    start: Tensor
+    room: int
+    last_start: int = 0
+    clock: int = 0
+    stack: StackState | None = None
     step: BoundStep | None = None
-
-    @property
-    def clock(self) -> int:
-        """Positions known."""
-        return self.stack.clock
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return self.short.shape[2]
+        return self.start.shape[0]
+
+    @property
+    def moment(self) -> Moment:
+        """When the next `extend` happens."""
+        return Moment(self.clock, self.start if self.last_start else None, self.last_start)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        own = sum(tensor.nbytes for pasts in self.pasts for past in pasts for tensor in tensors(past).values())
+        return own + (self.stack.nbytes if self.stack else 0)
 
 
 class Decoder:
     """Steps a LanguageModel: `init`, then `extend` by any number of tokens; `due` and `pay` between steps.
 
-    Filters are evaluated once, up to `length` taps. `fused` runs single positions on a CPU through numpy
+    `length` positions can be run: filters are evaluated once, up to so many taps. `stack` holds the long convolutions
+    of all blocks, None where there are none. `fused` runs single positions of a Hyena model on a CPU through numpy
     (ops.decode_step); otherwise, and for chunks, the model's own modules run.
     """
 
     def __init__(self, model: LanguageModel, length: int, *, spectra_bytes: int | None = None) -> None:
-        self.model, self.config = model, model.config
-        with torch.inference_mode(False), torch.no_grad():
-            skip = torch.cat([block.mixer.skip for block in model.blocks])
-            rho = _evaluate([block.mixer.filter for block in model.blocks], length)
-        self.stack = Stack(PreparedFilter(rho, spectra_bytes, own=True), model.config.width, skip)
-        weight = model.head.weight
-        self.fused = _fused_step(model, self.stack) if _fusible(weight) else None
+        self.model, self.config, self.length = model, model.config, length
+        groups = [block.convolutions for block in model.blocks]
+        counts = [sum(group.count for group in of_block) for of_block in groups]
+        self._first = [0, *accumulate(counts)]
+        self.stack = _stack([group for of_block in groups for group in of_block], length, spectra_bytes)
+        self.fused = fused_step(model, self.stack.diagonal) if self.stack else None
         if self.fused:
+            weight, norm = model.head.weight, model.norm
             self._embedding, self._head = model.embedding.weight.detach().numpy(), weight.detach().numpy().T
-            self._norm = (model.norm.weight.detach(), model.norm.bias.detach(), model.norm.eps)
-
-    @property
-    def length(self) -> int:
-        """Filter taps prepared, hence positions that can be run."""
-        return self.stack.filter.length
+            self._norm = (norm.weight.detach(), norm.bias.detach(), norm.eps)
 
     def init(
         self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None
     ) -> ModelState:
-        """An empty state; `start` [B] is the clock at which each row begins, `dtype` how the history is stored."""
-        stack = self.stack.init(batch, tiling, dtype=dtype, start=start)
+        """An empty state; `start` [B] is the clock at which each row begins, `dtype` how the history is stored.
+
+        The tiling's length is the room that the mixers' pasts get (endless: the decoder's length). A model without
+        long convolutions takes any tiling, and has no other use for it.
+        """
+        stack = self.stack.init(batch, tiling, dtype=dtype, start=start) if self.stack else None
+        room = self.length if tiling.length is None else tiling.length
         with torch.inference_mode(False), torch.no_grad():
-            short = torch.stack([block.mixer.short.init(batch) for block in self.model.blocks])
-        return self.bind(ModelState(stack, short))
+            device = self.model.embedding.weight.device
+            own = torch.zeros(batch, dtype=torch.long) if start is None else start.detach().clone()
+            pasts = [[mixer.init(batch, room) for mixer in block.mixers] for block in self.model.blocks]
+        return self.bind(ModelState(pasts, own.to(device), room, int(own.max()), stack=stack))
 
     def bind(self, state: ModelState) -> ModelState:
         """The same state, with the fused step over its memory."""
-        stack = state.stack
-        state.step = self.fused.bind(stack.inputs, stack.partial, state.short) if self.fused else None
+        if self.fused and state.stack:
+            short = pack_short([pasts[0] for pasts in state.pasts])
+            state.step = self.fused.bind(state.stack.inputs, state.stack.partial, short)
         return state
 
     def clone(self, state: ModelState) -> ModelState:
         """An independent copy: what is due is paid first, then both go their own ways."""
         self.settle(state)
-        with torch.inference_mode(False), torch.no_grad():
-            short = state.short.clone()
-        return self.bind(ModelState(self.stack.bind(state.stack.clone()), short))
+        stack = self.stack.bind(state.stack.clone()) if self.stack and state.stack else None
+        pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
+        return self.bind(replace(state, pasts=pasts, stack=stack, step=None))
 
     def due(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
         """The tiles that became payable with the last position."""
-        return self.stack.due(state.stack)
+        return self.stack.due(state.stack) if self.stack and state.stack else ()
 
     def pay(self, state: ModelState, tile: Rectangle | Share) -> None:
         """Pays one tile for all layers."""
-        self.stack.pay(state.stack, tile)
+        if self.stack and state.stack:
+            self.stack.pay(state.stack, tile)
+
+    def take(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
+        """All that is due, now the caller's to `apply` before the tiles' targets are read."""
+        return self.stack.take(state.stack) if self.stack and state.stack else ()
+
+    def apply(self, state: ModelState, tile: Rectangle | Share, *, staged: bool = True) -> None:
+        """Pays a taken tile for all layers, as `Stack.apply` does."""
+        if self.stack and state.stack:
+            self.stack.apply(state.stack, tile, staged=staged)
 
     def settle(self, state: ModelState) -> None:
         """Pays all that is due."""
-        self.stack.settle(state.stack)
+        if self.stack and state.stack:
+            self.stack.settle(state.stack)
 
     def extend(self, state: ModelState, tokens: Tensor, *, every: bool = False) -> Tensor:
         """The next tokens [B, N] -> logits [B, V] of the last position, or [B, N, V] of all with `every`.
 
         Exact anywhere in the sequence. What is still due is paid first. Raises TokenError and LengthError.
         """
-        stack = state.stack
-        if tokens.shape[1] == 1 and state.step is not None and stack.step_from <= stack.clock < stack.step_until:
-            if not stack.staged or stack.paid < stack.clock:
-                self.stack.begin(stack, 1)
-            logits = self._step(state.step, stack, tokens)
-            return logits[:, None] if every else logits
-        return self._chunks(state, tokens, every)
+        stack, past, step = self.stack, state.stack, state.step
+        if not (step and stack and past and tokens.shape[1] == 1 and past.step_from <= past.clock < past.step_until):
+            return self._chunks(state, tokens, every)
+        if not past.staged or past.paid < past.clock:
+            stack.begin(past, 1)
+        self._step(step, past.row, tokens)
+        stack.commit(past, 1)
+        state.clock += 1
+        weight, bias, eps = self._norm
+        h = torch.layer_norm(step.x, weight.shape, weight, bias, eps)
+        logits = torch.from_numpy(np.dot(h.numpy(), self._head))
+        return logits[:, None] if every else logits
 
     @torch.no_grad()
     def _chunks(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
         tokens = self.model.check_tokens(tokens)
         outputs, done = [], 0
-        for size in self.stack.pieces(state.stack, tokens.shape[1]):
+        for size in self._pieces(state, tokens.shape[1]):
             outputs.append(self._piece(state, tokens[:, done : done + size], every))
             done += size
         return torch.cat(outputs, dim=1) if every else outputs[-1]
 
-    def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
-        stack, N = state.stack, tokens.shape[1]
-        self.stack.begin(stack, N)
-        x = self.model.embedding(tokens)
-        alive = self.stack.alive(stack, N) if stack.clock < stack.last_start else None
-        M = self.config.order - 1
-        for layer, block in enumerate(self.model.blocks):
-            x = block.extend(
-                x, lambda o, y, first=layer * M: self.stack.mix(stack, first + o, y), state.short[layer], alive
+    def _pieces(self, state: ModelState, n: int) -> list[int]:
+        """Sizes in which n further positions are taken."""
+        if self.stack and state.stack:
+            return self.stack.pieces(state.stack, n)
+        if state.clock + n > state.room:
+            raise LengthError(
+                f"{n} more positions after {state.clock} make {state.clock + n}; the state holds {state.room}. "
+                "Make the tiling longer."
             )
-        self.stack.commit(stack, N)
+        return [n] if n else []
+
+    def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
+        N = tokens.shape[1]
+        if self.stack and state.stack:
+            self.stack.begin(state.stack, N)
+        x, moment = self.model.embedding(tokens), state.moment
+        for block, pasts, first in zip(self.model.blocks, state.pasts, self._first, strict=False):
+            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, state, first)))
+        if self.stack and state.stack:
+            self.stack.commit(state.stack, N)
+        state.clock += N
         x = x if every else x[:, -1]
         return self.model.head(self.model.norm(x))
 
-    def _step(self, step: BoundStep, stack: StackState, tokens: Tensor) -> Tensor:
+    def _mix(self, state: ModelState, first: int, o: int, y: Tensor) -> Tensor:
+        assert self.stack is not None
+        assert state.stack is not None
+        return self.stack.mix(state.stack, first + o, y)
+
+    def _step(self, step: BoundStep, row: int, tokens: Tensor) -> None:
+        """Runs a token through the blocks at once."""
         ids = tokens.numpy()[:, 0]
         if ids.min() < 0 or ids.max() >= len(self._embedding):
             self.model.check_tokens(tokens)
         np.take(self._embedding, ids, axis=0, out=step.rows_of_x, mode="clip")
-        step(stack.row)
-        self.stack.commit(stack, 1)
-        weight, bias, eps = self._norm
-        h = torch.layer_norm(step.x, weight.shape, weight, bias, eps)
-        return torch.from_numpy(np.dot(h.numpy(), self._head))
+        step(row)
 
 
-def _evaluate(filters: list[ImplicitFilter | ExplicitFilter], length: int) -> Tensor:
-    """The taps of all filters under one another, [channels, length]: evaluated in pieces that need little room."""
+def _stack(groups: Sequence[Convolutions], length: int, spectra_bytes: int | None) -> Stack | None:
+    """The convolutions of all blocks side by side; None if there are none."""
+    if not groups:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        rho = _evaluate(groups, length)
+        skips = [rho.new_zeros(g.filter.channels) if g.skip is None else g.skip.detach().to(rho) for g in groups]
+    widths = [group.width for group in groups for _ in range(group.count)]
+    return Stack(PreparedFilter(rho, spectra_bytes, own=True), widths, torch.cat(skips))
+
+
+def _evaluate(groups: Sequence[Convolutions], length: int) -> Tensor:
+    """The taps of all filters under one another, [channels, length], zero behind a filter's end.
+
+    They are evaluated in pieces, which need little room.
+    """
+    filters = [group.filter for group in groups]
     first = filters[0].taps(1)
     dtype = first.dtype if first.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=first.device)
     rho = roomy_zeros(like, sum(filter.channels for filter in filters), length)
     row = 0
     for filter in filters:
-        for start in range(0, length, PIECE):
-            n = min(PIECE, length - start)
+        stop = min(length, filter.length)
+        for start in range(0, stop, PIECE):
+            n = min(PIECE, stop - start)
             rho[row : row + filter.channels, start : start + n] = filter.taps(n, start)
         row += filter.channels
     return rho
-
-
-def _fusible(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-
-
-def layer_weights(block: Block) -> LayerWeights:
-    """The tensors that a decode step reads of one block."""
-
-    def pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        return module.weight.detach(), module.bias.detach()  # type: ignore[union-attr, return-value]
-
-    mixer, short = block.mixer, block.mixer.short
-    return LayerWeights(
-        norm1=pair(block.norm1),
-        in_proj=pair(mixer.in_proj),
-        short=(short.weight.detach()[:, 0], short.bias.detach()),
-        out_proj=pair(mixer.out_proj),
-        norm2=pair(block.norm2),
-        fc1=pair(block.mlp.fc1),
-        fc2=pair(block.mlp.fc2),
-    )
-
-
-def _fused_step(model: LanguageModel, stack: Stack) -> HyenaStep:
-    layers = [layer_weights(block) for block in model.blocks]
-    return HyenaStep(layers, model.config.order, model.config.norm_eps, stack.diagonal)

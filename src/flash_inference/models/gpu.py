@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flash_inference.errors import LengthError, PlanError
+from flash_inference.errors import LengthError, ModelError, PlanError
 from flash_inference.filters import ImplicitFilter
-from flash_inference.models.decoder import layer_weights
+from flash_inference.mixers.mixer import Moment
+from flash_inference.models.fused import layer_weights, unfused
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
@@ -151,7 +152,7 @@ class GpuDecoder:
         lead = -(-prompt // GRAPH) * GRAPH
         rows = lead + -(-new // GRAPH) * GRAPH
         pinned = self.device.type == "cuda"
-        short = torch.stack([block.mixer.short.init(1)[:, 0] for block in self.exact.blocks])
+        short = torch.stack([block.mixer.short.init(1).pending[0] for block in self.exact.blocks])
         return GpuRun(
             lead=lead,
             rows=rows,
@@ -170,9 +171,9 @@ class GpuDecoder:
         x = self.exact.embedding(prompt[None])
         for number, block in enumerate(self.exact.blocks):
             mixer, D = block.mixer, self.config.width
-            pending = mixer.short.init(1)
-            *gates, v = mixer.short.extend(pending, mixer.in_proj(block.norm1(x))).split(D, dim=2)
-            run.pending[number] = pending[:, 0]
+            past = mixer.short.init(1)
+            *gates, v = mixer.short.extend(past, mixer.in_proj(block.norm1(x)), Moment(0)).split(D, dim=2)
+            run.pending[number] = past.pending[0]
             for o, gate in enumerate(reversed(gates[1:])):
                 y = (gate * v)[0]
                 first = number * lanes + o * D
@@ -243,7 +244,13 @@ def unusable(weight: Tensor) -> str | None:
 
 
 def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded") -> GpuDecoder:
-    """The model made ready for `length` positions: kept on the model while weights stay the same and it suffices."""
+    """The model made ready for `length` positions: kept on the model while weights stay the same and it suffices.
+
+    Raises ModelError for a model that these kernels do not know.
+    """
+    reason = unfused(model)
+    if reason is not None:
+        raise ModelError(f"the GPU's kernels cannot run this model: {reason}. Decode with model.decoder(length).")
     version = tuple((p.data_ptr(), p._version) for p in model.parameters())
     kept = getattr(model, "_gpu_decoder", None)
     if kept is None or kept[0] != (version, latency) or kept[1].length < length:

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 
 from flash_inference.errors import CheckpointError, ModelError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import HyenaConfig
+from flash_inference.models.families import FAMILIES
 
 FORMAT, VERSION = "flash-inference", 1
 CONFIG, TENSORS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
-FAMILIES: dict[str, tuple[Any, Any]] = {"hyena": (HyenaConfig, LanguageModel)}
 
 
 def shipped() -> list[str]:
@@ -80,9 +78,14 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     Tied weights are stored once; what is rebuilt from the config is not stored. Weights that are not finite raise.
     """
     folder = Path(folder)
-    family = next((name for name, (_, kind) in FAMILIES.items() if type(model) is kind), None)
+    if type(model) is not LanguageModel:
+        raise ModelError(f"cannot save a {type(model).__name__}; expected a LanguageModel.")
+    family = next((name for name, kind in FAMILIES.items() if type(model.config) is kind), None)
     if family is None:
-        raise ModelError(f"cannot save a {type(model).__name__}; the known families are {', '.join(FAMILIES)}.")
+        raise ModelError(
+            f"cannot save a model of {type(model.config).__name__}; the known families are {', '.join(FAMILIES)}. "
+            "Add it to FAMILIES in models/families.py."
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
     _check_tensors(folder, tensors, tensors)
     config = {"format": FORMAT, "version": VERSION, "family": family, "config": model.config.to_dict()}
@@ -188,12 +191,11 @@ def _build(folder: Path, content: bytes) -> LanguageModel:
     if family not in FAMILIES:
         hint = _nearest(str(family), list(FAMILIES))
         raise CheckpointError(f"{path} has unknown family {family!r}. {hint}Known: {', '.join(FAMILIES)}.")
-    config_type, model_type = FAMILIES[family]
     if not isinstance(values.get("config"), dict):
         raise CheckpointError(f"{path} has no object 'config'. Fetch or save the folder again.")
     try:
         with torch.device("meta"):
-            return model_type(config_type.from_dict(values["config"]))
+            return LanguageModel(FAMILIES[family].from_dict(values["config"]))
     except ModelError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.config import FilterConfig, HyenaConfig
+from flash_inference.models.hyena import FilterConfig, HyenaConfig
 
 CONFIG = HyenaConfig(vocab_size=64, width=16, layers=2, length=512, filter=FilterConfig(width=16), tied=False)
 GAIN = 3.0
