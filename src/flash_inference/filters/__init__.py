@@ -1,10 +1,25 @@
-"""Where rho comes from: explicit taps, or a sine MLP under a window. A filter gives `taps(n) -> [channels, n]`."""
+"""Where rho comes from: explicit taps, a sine MLP under a window, sums of modes. `taps(n) -> [channels, n]`."""
 
 from __future__ import annotations
 
 from flash_inference.filters.explicit import ExplicitFilter
 from flash_inference.filters.implicit import ImplicitFilter
+from flash_inference.filters.modal import Modal, ModalFilter, RealModalFilter, S4DFilter
 
-FILTERS = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}
+FILTERS = {
+    "implicit": ImplicitFilter,
+    "explicit": ExplicitFilter,
+    "modal": ModalFilter,
+    "real-modal": RealModalFilter,
+    "s4d": S4DFilter,
+}
 
-__all__ = ["FILTERS", "ExplicitFilter", "ImplicitFilter"]
+__all__ = [
+    "FILTERS",
+    "ExplicitFilter",
+    "ImplicitFilter",
+    "Modal",
+    "ModalFilter",
+    "RealModalFilter",
+    "S4DFilter",
+]

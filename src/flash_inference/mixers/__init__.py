@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from flash_inference.mixers.attention import Attention, AttentionConfig, AttentionPast, Rotary
+from flash_inference.mixers.fir import FIR, FIRPast
 from flash_inference.mixers.long_conv import LongConv
 from flash_inference.mixers.mixer import Mixer, Moment
+from flash_inference.mixers.modal import ModalConv, ModalPast
 from flash_inference.mixers.online import OnlineConvolution
 from flash_inference.mixers.short_conv import ShortConv, ShortPast
 from flash_inference.mixers.stack import Stack, StackState
 
-__all__ = ["LongConv", "Mixer", "Moment", "OnlineConvolution", "ShortConv", "ShortPast", "Stack", "StackState"]
+__all__ = [
+    "FIR",
+    "Attention",
+    "AttentionConfig",
+    "AttentionPast",
+    "FIRPast",
+    "LongConv",
+    "Mixer",
+    "ModalConv",
+    "ModalPast",
+    "Moment",
+    "OnlineConvolution",
+    "Rotary",
+    "ShortConv",
+    "ShortPast",
+    "Stack",
+    "StackState",
+]

@@ -8,7 +8,9 @@ the only module that needs hypothesis.
 
 from __future__ import annotations
 
+from flash_inference.testing.attention import attention_oracle
 from flash_inference.testing.bounds import FFT_CONSTANT, causal_bound, direct_bound, fft_bound, storage_bound
+from flash_inference.testing.modal import modal_filter_oracle, recurrence_bound
 from flash_inference.testing.models import random_model
 from flash_inference.testing.oracles import (
     causal_conv_oracle,
@@ -23,6 +25,7 @@ from flash_inference.testing.ties import Tie, find_ties, greedy_differences
 __all__ = [
     "FFT_CONSTANT",
     "Tie",
+    "attention_oracle",
     "causal_bound",
     "causal_conv_oracle",
     "direct_bound",
@@ -31,8 +34,10 @@ __all__ = [
     "greedy_differences",
     "hyena_oracle",
     "implicit_filter_oracle",
+    "modal_filter_oracle",
     "model_oracle",
     "random_model",
+    "recurrence_bound",
     "short_conv_oracle",
     "storage_bound",
     "tile_conv_oracle",

@@ -1,0 +1,142 @@
+"""Filters that are short sums of exponentials: what they convolve with can run as a recurrence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import FilterError
+
+
+class Modal(nn.Module):
+    """h[c, t] = Re sum over s of R[c, s] p[c, s]^t: S modes a channel, each a pole p and a residue R.
+
+    Subclasses differ in what they store; `modes` gives the poles' logarithms and the residues of all of them. A pole
+    outside the unit circle is allowed while the taps stay finite up to the length that is asked for.
+    """
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.channels, self.length = channels, length
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log p and R, [channels, S] each: complex128, or float64 if all poles and residues are real and positive."""
+        raise NotImplementedError
+
+    def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
+        """Taps start .. start + n - 1 of some channels as [channels, n], in the parameters' dtype but at least float32.
+
+        Computed in float64. Cost O(n S) multiply-adds and O(sqrt(n) S) exponentials per channel. Raises FilterError if
+        they would not be finite.
+        """
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        log_poles, residues = (mode[channels] for mode in self.modes())
+        check_growth(log_poles, residues, start + n, dtype)
+        return exponential_sums(log_poles, residues, n, start).to(dtype)
+
+
+class ModalFilter(Modal):
+    """h_t = Re sum_s R_s p_s^t with complex poles and residues, each stored as a pair (real, imaginary).
+
+    `poles` and `residues` are [channels, S, 1, 2], as the checkpoints of StripedHyena 1 have them. Powers are formed in
+    float64 from the stored numbers. Source: Massaroli et al., Laughing Hyena Distillery (2023), arXiv 2310.18780,
+    section 3.
+    """
+
+    def __init__(self, channels: int, length: int, *, modes: int = 8) -> None:
+        super().__init__(channels, length)
+        radius, angle = torch.exp(-1 / timescales(channels, modes, length)), math.pi * torch.rand(channels, modes)
+        poles = torch.view_as_real(torch.polar(radius, angle))
+        self.poles = nn.Parameter(poles[:, :, None])
+        self.residues = nn.Parameter(torch.randn(channels, modes, 1, 2) / modes)
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log p and R, [channels, S] complex128."""
+        poles, residues = (torch.view_as_complex(pair[:, :, 0].double()) for pair in (self.poles, self.residues))
+        # 0^0 is 1, but 0 log 0 is NaN: the smallest normal number takes the place of a pole at 0.
+        tiny = torch.full_like(poles, torch.finfo(torch.float64).tiny)
+        return torch.log(torch.where(poles == 0, tiny, poles)), residues
+
+
+class RealModalFilter(Modal):
+    """h_t = sum_s R_s exp(t log_p_s): real residues, real positive poles stored by their logarithms.
+
+    `log_poles` [channels, S, 1] and `residues` [channels, S], as StripedHyena 2's long filters have them.
+    """
+
+    def __init__(self, channels: int, length: int, *, modes: int = 16) -> None:
+        super().__init__(channels, length)
+        self.log_poles = nn.Parameter(-1 / timescales(channels, modes, length)[..., None])
+        self.residues = nn.Parameter(torch.randn(channels, modes) / modes)
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log p and R, [channels, S] float64."""
+        return self.log_poles[..., 0].double(), self.residues.double()
+
+
+class S4DFilter(Modal):
+    """h_t = 2 Re sum_s C_s (exp(dt A_s) - 1) / A_s exp(dt A_s t): a diagonal state space, held at zero order.
+
+    A = -exp(log_w_real) + i w_imag, dt = exp(log_dt). `log_dt` [channels], `C` [channels, S, 2] (real, imaginary),
+    `log_w_real` and `w_imag` [channels, S]. So p = exp(dt A) and R = 2 C (p - 1) / A. These are formed in float64 at
+    use: a pole rounded to float32 would put tap t off by t 2^-24. Source: Gu et al., On the Parameterization and
+    Initialization of Diagonal State Space Models (2022), arXiv 2206.11893.
+    """
+
+    def __init__(self, channels: int, length: int, *, modes: int = 32) -> None:
+        super().__init__(channels, length)
+        self.log_dt = nn.Parameter(torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.C = nn.Parameter(torch.randn(channels, modes, 2) / 2**0.5)
+        self.log_w_real = nn.Parameter(torch.full((channels, modes), math.log(0.5)))
+        self.w_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(channels, 1))
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log p and R, [channels, S] complex128."""
+        A = torch.complex(-self.log_w_real.double().exp(), self.w_imag.double())
+        log_poles = self.log_dt.double().exp()[:, None] * A
+        return log_poles, 2 * torch.view_as_complex(self.C.double()) * torch.expm1(log_poles) / A
+
+
+def timescales(channels: int, modes: int, length: int) -> Tensor:
+    """[channels, modes] decay times in positions, spread evenly in their logarithm from 2 to `length` or beyond."""
+    return torch.logspace(math.log10(2), math.log10(max(length, 4)), modes).repeat(channels, 1)
+
+
+def exponential_sums(log_poles: Tensor, weights: Tensor, n: int, start: int = 0) -> Tensor:
+    """out[.., c, t] = Re sum over s of weights[.., c, s] p[c, s]^(start + t), t < n: [.., C, n], real.
+
+    Computed in the weights' dtype from powers formed in float64. Since p^(aK + b) = p^(aK) p^b, with K near sqrt(n)
+    most of it is a product of matrices.
+    """
+    K = 1 << (n.bit_length() + 1) // 2
+    rows = start + K * torch.arange(-(-n // K), device=weights.device)
+    coarse = weights[..., None, :] * powers(log_poles, rows).to(weights.dtype)
+    fine = powers(log_poles, torch.arange(K, device=weights.device)).to(weights.dtype)
+    return (parts(coarse) @ parts(fine.conj()).mT).flatten(-2)[..., :n]
+
+
+def powers(log_poles: Tensor, times: Tensor) -> Tensor:
+    """p[c, s]^times[t] as [C, T, S]."""
+    return torch.exp(log_poles[:, None, :] * times[:, None])
+
+
+def parts(x: Tensor) -> Tensor:
+    """Complex [.., S] as real [.., 2 S], so that parts(x) . parts(y) is the real part of x . conj(y); real as it is."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+
+
+def check_growth(log_poles: Tensor, residues: Tensor, length: int, dtype: torch.dtype) -> None:
+    """Raises FilterError unless sum over s of |R_s| |p_s|^t, which bounds tap t, is finite in dtype for t < length."""
+    with torch.no_grad():
+        ends = log_poles.real[..., None] * torch.tensor([0, max(length - 1, 0)], device=log_poles.device)
+        largest = (residues.abs()[..., None] * torch.exp(ends)).sum(1).amax(1)
+        bad = ~(largest <= torch.finfo(dtype).max)
+        if bad.any():
+            c = int(bad.nonzero()[0, 0])
+            raise FilterError(
+                f"modes of channel {c} reach {float(largest[c]):.3g} within {length} positions (largest |pole| "
+                f"{float(log_poles[c].real.exp().amax()):.6g}); expected finite {dtype} taps. Ask for fewer positions, "
+                "or check poles and residues."
+            )

@@ -1,0 +1,243 @@
+"""Causal self-attention with a cache of keys and values that is allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import LengthError, ModelError
+from flash_inference.mixers.mixer import Moment
+from flash_inference.shapes import check_shape
+
+MASK_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary positions over the whole head: pair (i, i + d/2) turns by position / interpolation * base^(-2 i / d).
+
+    `interpolation` divides positions linearly. Source: Su et al., RoFormer (2021), arXiv 2104.09864; Chen et al.,
+    Extending Context Window of Large Language Models via Positional Interpolation (2023), arXiv 2306.15595.
+    """
+
+    base: float = 10_000.0
+    interpolation: float = 1.0
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, H, N, d] turned to positions [B or 1, N]. Angles are formed in float64: float32 loses them at 10^6."""
+        half = x.shape[-1] // 2
+        places = torch.arange(half, device=x.device, dtype=torch.float64)
+        angle = (positions.double() / self.interpolation)[:, None, :, None] * self.base ** (-places / half)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.split(half, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """One attention layer. Scores are q . k / sqrt(head_width), capped, then lowered by ALiBi, then masked.
+
+    kv_heads: keys and values, each shared by heads / kv_heads query heads in a row (None: one each). head_width: None
+    is width / heads. alibi: one slope a head; a key at distance n has its score lowered by slope n. window: a query
+    sees the newest `window` positions, its own included (flash-attn's left window + 1). softcap: scores x become
+    softcap tanh(x / softcap). Raises ModelError for numbers that do not fit each other.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    head_width: int | None = None
+    rotary: Rotary | None = None
+    alibi: tuple[float, ...] | None = None
+    window: int | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width < 1:
+            raise ModelError(f"width is {self.width} and heads is {self.heads}; expected at least 1 of each.")
+        if self.head_width is None and self.width % self.heads:
+            raise ModelError(
+                f"width {self.width} is no multiple of {self.heads} heads. Give head_width, or other heads."
+            )
+        if self.shared < 1 or self.heads % self.shared:
+            raise ModelError(f"kv_heads is {self.shared}; expected a divisor of heads, {self.heads}.")
+        if self.each < 1 or (self.rotary is not None and self.each % 2):
+            raise ModelError(
+                f"heads are {self.each} wide; expected at least 1, and an even width for rotary positions."
+            )
+        if self.rotary is not None and not (self.rotary.base > 0 and self.rotary.interpolation > 0):
+            raise ModelError(f"{self.rotary} has a base or an interpolation factor that is not positive.")
+        if self.alibi is not None and len(self.alibi) != self.heads:
+            raise ModelError(f"alibi has {len(self.alibi)} slopes; expected one for each of {self.heads} heads.")
+        if self.window is not None and self.window < 1:
+            raise ModelError(f"window is {self.window}; expected at least 1 position, a query's own.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ModelError(f"softcap is {self.softcap}; expected a positive number, or None for no cap.")
+
+    @property
+    def shared(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def each(self) -> int:
+        """The width of one head."""
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+
+@dataclass(slots=True)
+class AttentionPast:
+    """`keys` and `values` [B, kv heads, slots, head width]: clock c is in slot c, or in c modulo slots of a window."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Attention(nn.Module):
+    """out(softmax(scores) v): causal self-attention; each position looks at itself and its row's past.
+
+    `qkv` gives q | k | v side by side, each head by head; `out` joins the heads. Positions count from each row's start.
+    Computed by PyTorch's fused attention, but for a softcap, which that does not know. Queries are taken a piece at a
+    time, so that a mask stays below 2^25 elements. Cost O(past) per position, or O(window).
+    """
+
+    decodes: ClassVar[str] = "KV cache"
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, shared = config.heads * config.each, config.shared * config.each
+        self.qkv = nn.Linear(config.width, inner + 2 * shared, bias=config.qkv_bias)
+        self.out = nn.Linear(inner, config.width, bias=config.out_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole sequence: x [B, L, D] -> [B, L, D]. O(L^2), or O(L window); differentiable."""
+        check_shape("x", x, "B L D", D=self.config.width)
+        q, k, v = self.project(x, Moment(0).positions(x.shape[1], x.device))
+        return self.join(self.attend(q, k, v, 0, None))
+
+    def init(self, batch: int, length: int) -> AttentionPast:
+        """An empty cache with room for `length` positions, or for a window of them."""
+        shape = (batch, self.config.shared, self.slots(length), self.config.each)
+        return AttentionPast(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
+
+    def past_bytes(self, length: int) -> int:
+        """Bytes of one row's past."""
+        return 2 * self.config.shared * self.slots(length) * self.config.each * self.qkv.weight.itemsize
+
+    def slots(self, length: int) -> int:
+        """Positions that a cache for `length` of them holds."""
+        return length if self.config.window is None else min(length, self.config.window)
+
+    @torch.no_grad()
+    def extend(self, past: AttentionPast, x: Tensor, moment: Moment) -> Tensor:
+        """The next N positions x [B, N, D] -> [B, N, D], exact anywhere; `past` is advanced in place.
+
+        Positions before a row's start are seen by none after it; what they give is finite and means nothing. Raises
+        LengthError if the cache is full.
+        """
+        check_shape("x", x, "B N D", B=past.keys.shape[0], D=self.config.width)
+        N, clock, slots = x.shape[1], moment.clock, past.keys.shape[2]
+        ring = self.config.window is not None and slots == self.config.window
+        if clock + N > slots and not ring:
+            raise LengthError(
+                f"{N} more positions after {clock} make {clock + N}; the cache holds {slots}. Make it with "
+                f"init(batch, {clock + N})."
+            )
+        q, k, v = self.project(moment.mute(x), moment.positions(N, x.device))
+        known = min(clock, slots)
+        if ring and N > 1:
+            order = torch.arange(clock - known, clock, device=x.device) % slots
+            keys, values = (
+                torch.cat([old[:, :, order], new], dim=2) for old, new in ((past.keys, k), (past.values, v))
+            )
+            self.store(past, k, v, clock)
+        else:
+            self.store(past, k, v, clock)
+            known = min(clock + N, slots)
+            keys, values = past.keys[:, :, :known], past.values[:, :, :known]
+        start = moment.start
+        if start is not None and int(start.max()) <= clock + N - keys.shape[2]:
+            start = None
+        return self.join(self.attend(q, keys, values, clock, start))
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, d], keys and values [B, kv heads, N, d] of x [B, N, D] at positions [B or 1, N]."""
+        H, G, d = self.config.heads, self.config.shared, self.config.each
+        heads = self.qkv(x).unflatten(-1, (H + 2 * G, d)).transpose(1, 2)
+        q, k, v = heads.split((H, G, G), dim=1)
+        rotary = self.config.rotary
+        return (q, k, v) if rotary is None else (rotary.turn(q, positions), rotary.turn(k, positions), v)
+
+    def store(self, past: AttentionPast, k: Tensor, v: Tensor, clock: int) -> None:
+        """Writes the newest keys and values to their slots."""
+        N, slots = k.shape[2], past.keys.shape[2]
+        newest = torch.arange(max(clock, clock + N - slots), clock + N, device=k.device) % slots
+        past.keys.index_copy_(2, newest, k[:, :, -slots:].to(past.keys.dtype))
+        past.values.index_copy_(2, newest, v[:, :, -slots:].to(past.values.dtype))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, clock: int, start: Tensor | None) -> Tensor:
+        """[B, H, N, d]: queries at clock .. clock + N - 1 weigh the S newest keys, in rows that begin at `start` [B].
+
+        Keys are in order of time; for a single query they may be in the order of a ring.
+        """
+        config, (N, S), stop = self.config, (q.shape[2], k.shape[2]), clock + q.shape[2]
+        plain = config.alibi is None and config.window is None and config.softcap is None and start is None
+        if plain and (N == 1 or N == S):
+            grouped = config.shared < config.heads
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=N > 1, enable_gqa=grouped)
+        seen = torch.arange(stop - S, stop, device=q.device)
+        if N == 1 and config.window == S:
+            seen = seen.roll(stop % S)
+        outputs, size = [q[:, :, :0]], self.queries(S, 1 if start is None else len(start))
+        for at in range(0, N, size):
+            end = min(at + size, N)
+            last = S - N + end
+            first = 0 if config.window is None or N == 1 else max(0, last - (end - at) - config.window + 1)
+            keys = slice(first, last)
+            distance = torch.arange(clock + at, clock + end, device=q.device)[:, None] - seen[keys]
+            allowed = distance >= 0 if config.window is None else (distance >= 0) & (distance < config.window)
+            if start is None:
+                allowed = allowed[None, None]
+            else:
+                # A query before its row's start sees itself, since a softmax over nothing is NaN.
+                begun = seen[keys] >= start.to(q.device)[:, None, None, None]
+                allowed = allowed & (begun | (distance == 0))
+            outputs.append(self.weigh(q[:, :, at:end], k[:, :, keys], v[:, :, keys], distance, allowed))
+        return torch.cat(outputs, dim=2)
+
+    def queries(self, keys: int, rows: int) -> int:
+        """Queries that are weighed at a time, so that masks stay small and a window sees few keys in vain."""
+        config = self.config
+        heads = 1 if config.alibi is None and config.softcap is None else config.heads
+        most = keys if config.window is None else max(config.window, 128)
+        return max(1, min(most, MASK_ELEMENTS // max(rows * heads * keys, 1)))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, distance: Tensor, allowed: Tensor) -> Tensor:
+        """softmax(scores) v [B, H, N, d] where `allowed` [B or 1, 1, N, S], for keys at `distance` [N, S]."""
+        config = self.config
+        lowered = None
+        if config.alibi is not None:
+            slopes = torch.tensor(config.alibi, device=q.device, dtype=torch.float64)[:, None, None]
+            lowered = (-slopes * distance).to(torch.promote_types(q.dtype, torch.float32))
+        # The fused kernel reads a mask in the queries' dtype, in which 16 bits do not hold large distances.
+        if config.softcap is None and (lowered is None or q.itemsize >= 4):
+            mask = allowed if lowered is None else lowered.masked_fill(~allowed, -torch.inf)
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=config.shared < config.heads
+            )
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        k, v = (x.to(dtype).repeat_interleave(config.heads // config.shared, dim=1) for x in (k, v))
+        scores = q.to(dtype) @ k.mT / config.each**0.5
+        scores = scores if config.softcap is None else config.softcap * torch.tanh(scores / config.softcap)
+        scores = scores if lowered is None else scores + lowered
+        return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).to(q.dtype)
+
+    def join(self, heads: Tensor) -> Tensor:
+        """Heads [B, H, N, d] -> [B, N, D]."""
+        return self.out(heads.transpose(1, 2).flatten(2))

@@ -1,0 +1,93 @@
+"""A finite impulse response: a few taps per channel, shared by groups of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import FilterError
+from flash_inference.mixers.mixer import Moment
+from flash_inference.shapes import check_shape
+
+TapOrder = Literal["cross-correlation", "convolution"]
+
+
+@dataclass(slots=True)
+class FIRPast:
+    """`inputs` [B, taps - 1, C]: the last inputs, oldest first, zero before a row's first."""
+
+    inputs: Tensor
+
+
+class FIR(nn.Module):
+    """z[t] = bias + skip u[t] + sum over k < taps of h[k] u[t - k]: depthwise and causal, zero inputs before the first.
+
+    `weight` [groups, 1, taps] holds h; each group's filter serves channels / groups channels in a row. Its `order` is
+    that of "cross-correlation" (the last weight multiplies the newest input) or "convolution" (the first does).
+    Cost O(taps) per position and channel. Exact for every number of positions, also below `taps`.
+    """
+
+    decodes: ClassVar[str] = "FIR ring"
+
+    def __init__(
+        self,
+        channels: int,
+        taps: int,
+        *,
+        groups: int | None = None,
+        order: TapOrder = "cross-correlation",
+        bias: bool = True,
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        groups = channels if groups is None else groups
+        if groups < 1 or channels % groups:
+            raise FilterError(f"{groups} groups of filters for {channels} channels; expected a divisor of {channels}.")
+        if taps < 1:
+            raise FilterError(f"taps is {taps}; expected at least 1.")
+        if order not in ("cross-correlation", "convolution"):
+            raise FilterError(f'order is {order!r}; expected "cross-correlation" or "convolution".')
+        self.channels, self.taps, self.groups, self.order = channels, taps, groups, order
+        bound = taps**-0.5
+        self.weight = nn.Parameter(torch.empty(groups, 1, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.skip = nn.Parameter(torch.randn(channels)) if skip else None
+
+    def forward(self, u: Tensor) -> Tensor:
+        """The whole sequence: u [B, L, C] -> [B, L, C]."""
+        check_shape("u", u, "B L C", C=self.channels)
+        return self.apply_to(nn.functional.pad(u, (0, 0, self.taps - 1, 0)), u)
+
+    def init(self, batch: int, length: int) -> FIRPast:
+        """The empty past of `batch` rows: zeros, whatever the length."""
+        return FIRPast(self.weight.new_zeros(batch, self.taps - 1, self.channels))
+
+    def past_bytes(self, length: int) -> int:
+        """Bytes of one row's past."""
+        return (self.taps - 1) * self.channels * self.weight.itemsize
+
+    @torch.no_grad()
+    def extend(self, past: FIRPast, x: Tensor, moment: Moment) -> Tensor:
+        """The next N positions x [B, N, C] -> [B, N, C], exact anywhere; `past` is advanced in place."""
+        check_shape("x", x, "B N C", B=past.inputs.shape[0], C=self.channels)
+        if x.shape[1] == 0:
+            return x
+        x = moment.mute(x)
+        window = torch.cat([past.inputs.to(x.dtype), x], dim=1)
+        z = self.apply_to(window, x)
+        past.inputs.copy_(window[:, x.shape[1] :])
+        return z
+
+    def apply_to(self, window: Tensor, u: Tensor) -> Tensor:
+        """Outputs [B, N, C] for the inputs u [B, N, C] that end window [B, taps - 1 + N, C]."""
+        weight = self.weight if self.order == "cross-correlation" else self.weight.flip(-1)
+        weight = weight.repeat_interleave(self.channels // self.groups, dim=0)
+        if u.shape[1] == 1:
+            z = (window * weight[:, 0].T).sum(1, keepdim=True)
+            z = z if self.bias is None else z + self.bias
+        else:
+            z = nn.functional.conv1d(window.mT, weight, self.bias, groups=self.channels).mT
+        return z if self.skip is None else torch.addcmul(z, self.skip, u)

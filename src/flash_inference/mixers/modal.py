@@ -1,0 +1,149 @@
+"""Convolution with a modal filter as a recurrence: a fixed state, whatever the length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import FilterError, ShapeError
+from flash_inference.filters.modal import Modal, check_growth, exponential_sums, parts, powers
+from flash_inference.mixers.mixer import Moment
+from flash_inference.ops.causal_conv import causal_conv
+from flash_inference.shapes import check_shape
+
+CHUNK = 1024
+
+
+@dataclass(slots=True)
+class ModalPast:
+    """`state` [B, C, S] is the sum over past i of p^(newest - i) y_i; for complex poles [B, C, 2 S], parts in turn."""
+
+    state: Tensor
+
+
+class ModalConv(nn.Module):
+    """z[t] = sum over i <= t of h[t - i] y[i] + skip y[t], depthwise; h is a sum of modes, so s <- p s + y, z = Re R s.
+
+    The filter's channels are repeated, each `channels / filter.channels` times in a row. A single position costs a few
+    vector operations on the state; N positions cost O(N (log CHUNK + S)) per channel and a bounded workspace.
+
+    The state is kept in `accumulate`: float64 by default, since a pole rounded to float32 puts tap t off by t 2^-24.
+    With float32 the state takes half the memory. Measured over 10^5 single steps of float32 inputs, largest error over the
+    outputs' root mean square, for complex and for positive real poles: modes that last 100 positions 2e-6 and 2e-5,
+    10^4 positions 2e-5 and 4e-4; with a float64 state 2e-7 for all, the rounding of the outputs.
+    Raises FilterError if the filter has overflowed by the length asked for.
+    """
+
+    decodes: ClassVar[str] = "recurrence"
+
+    def __init__(
+        self, channels: int, filter: Modal, *, skip: bool = True, accumulate: torch.dtype = torch.float64
+    ) -> None:
+        super().__init__()
+        if channels % filter.channels:
+            raise FilterError(
+                f"the filter has {filter.channels} channels; expected a divisor of {channels}, the channels to "
+                "convolve. Make the filter for these channels, or for groups of them."
+            )
+        if accumulate not in (torch.float32, torch.float64):
+            raise ShapeError(f"accumulate is {accumulate}; expected torch.float32 or torch.float64.")
+        self.channels, self.filter, self.accumulate = channels, filter, accumulate
+        self.skip = nn.Parameter(torch.randn(channels)) if skip else None
+        self._recurrence: tuple[object, Recurrence] | None = None
+
+    def forward(self, y: Tensor) -> Tensor:
+        """The whole sequence: y [B, L, C] -> [B, L, C], by FFT. O(L (log L + S)) per channel, differentiable."""
+        check_shape("y", y, "B L C", C=self.channels)
+        rho = self.filter.taps(y.shape[1]).repeat_interleave(self.channels // self.filter.channels, dim=0)
+        z = causal_conv(y.mT, rho).mT
+        return z if self.skip is None else z + self.skip.to(y.dtype) * y
+
+    def init(self, batch: int, length: int) -> ModalPast:
+        """The empty past of `batch` rows: zeros, whatever the length."""
+        recurrence = self.recurrence()
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        check_growth(recurrence.log_poles, recurrence.residues, length, dtype)
+        return ModalPast(parts(torch.zeros_like(recurrence.poles).repeat(batch, 1, 1)))
+
+    def past_bytes(self, length: int) -> int:
+        """Bytes of one row's past."""
+        state = parts(self.recurrence().poles)
+        return state.numel() * state.itemsize
+
+    @torch.no_grad()
+    def extend(self, past: ModalPast, x: Tensor, moment: Moment) -> Tensor:
+        """The next N positions x [B, N, C] -> [B, N, C], exact anywhere; `past` is advanced in place."""
+        check_shape("x", x, "B N C", B=past.state.shape[0], C=self.channels)
+        x = moment.mute(x)
+        recurrence = self.recurrence()
+        y, state = x.to(recurrence.readout.dtype), past.state
+        with torch.autocast(x.device.type, enabled=False):
+            if y.shape[1] == 1:
+                z = recurrence.step(state, y[:, 0])[:, None]
+            else:
+                z = torch.empty_like(y)
+                for at in range(0, y.shape[1], CHUNK):
+                    z[:, at : at + CHUNK] = recurrence.chunk(state, y[:, at : at + CHUNK].mT).mT
+            if self.skip is not None:
+                z = torch.addcmul(z, self.skip.to(z.dtype), y)
+        return z.to(x.dtype)
+
+    def recurrence(self) -> Recurrence:
+        """The modes in the precision of the state, [C, S] each; made anew when a parameter changes."""
+        version = (*((p.data_ptr(), p._version) for p in self.parameters()), self.accumulate)
+        if self._recurrence is None or self._recurrence[0] != version:
+            repeats = self.channels // self.filter.channels
+            with torch.no_grad():
+                log_poles, residues = (mode.repeat_interleave(repeats, dim=0) for mode in self.filter.modes())
+            dtype = torch.promote_types(next(self.parameters()).dtype, self.accumulate)
+            dtype = dtype.to_complex() if log_poles.is_complex() else dtype
+            self._recurrence = (version, Recurrence(log_poles, residues.to(dtype)))
+        return self._recurrence[1]
+
+
+class Recurrence:
+    """s[t] = p s[t - 1] + y[t], z[t] = Re sum R s[t], a position or a chunk at a time. All [C, S]."""
+
+    def __init__(self, log_poles: Tensor, residues: Tensor) -> None:
+        self.log_poles, self.residues = log_poles, residues
+        self.poles = torch.exp(log_poles).to(residues.dtype)
+        self.readout = parts(residues.conj())
+
+    def view(self, state: Tensor) -> Tensor:
+        """A past's state as [B, C, S], complex for complex poles: the same memory."""
+        return torch.view_as_complex(state.unflatten(-1, (-1, 2))) if self.poles.is_complex() else state
+
+    def step(self, state: Tensor, y: Tensor) -> Tensor:
+        """One position y [B, C] -> [B, C]: state <- p state + y; Re sum R state."""
+        self.view(state).mul_(self.poles).add_(y[..., None])
+        return (state * self.readout).sum(-1)
+
+    def chunk(self, state: Tensor, y: Tensor) -> Tensor:
+        """N positions y [B, C, N] -> [B, C, N]: h * y, and what the past adds at place t, Re sum R p^(t + 1) state."""
+        N, s = y.shape[-1], self.view(state)
+        z = causal_conv(y, exponential_sums(self.log_poles, self.residues, N))
+        z += exponential_sums(self.log_poles, self.residues * s, N, start=1)
+        decay = torch.exp(N * self.log_poles).to(s.dtype)
+        s.mul_(decay).add_(mode_sums(self.log_poles, y))
+        return z
+
+
+def mode_sums(log_poles: Tensor, y: Tensor) -> Tensor:
+    """[B, C, S]: sum over i < N of p[c, s]^(N - 1 - i) y[b, c, i] for y [B, C, N], in y's precision.
+
+    As in `exponential_sums`, with p^(aK + b) = p^(aK) p^b most of it is a product of matrices.
+    """
+    N = y.shape[-1]
+    K = 1 << (N.bit_length() + 1) // 2
+    rows = -(-N // K)
+    blocks = nn.functional.pad(y, (rows * K - N, 0)).unflatten(-1, (rows, K))
+    dtype = y.dtype.to_complex() if log_poles.is_complex() else y.dtype
+    times = torch.arange(K, device=y.device).flip(0)
+    fine = parts(powers(log_poles, times).to(dtype))
+    coarse = powers(log_poles, K * torch.arange(rows, device=y.device).flip(0)).to(dtype)
+    inner = blocks @ fine
+    inner = torch.view_as_complex(inner.unflatten(-1, (-1, 2))) if dtype.is_complex else inner
+    return (inner * coarse).sum(-2)
