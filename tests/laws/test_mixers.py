@@ -1,4 +1,4 @@
-"""What every mixer with a past of its own promises: any split is the whole, and rows know nothing of what is not theirs.
+"""What every mixer with a past of its own promises: any split is the whole, and rows know nothing of one another.
 
 A new mixer is one line in MIXERS.
 """

@@ -31,9 +31,9 @@ class ModalConv(nn.Module):
     vector operations on the state; N positions cost O(N (log CHUNK + S)) per channel and a bounded workspace.
 
     The state is kept in `accumulate`: float64 by default, since a pole rounded to float32 puts tap t off by t 2^-24.
-    With float32 the state takes half the memory. Measured over 10^5 single steps of float32 inputs, largest error over the
-    outputs' root mean square, for complex and for positive real poles: modes that last 100 positions 2e-6 and 2e-5,
-    10^4 positions 2e-5 and 4e-4; with a float64 state 2e-7 for all, the rounding of the outputs.
+    With float32 the state takes half the memory. Measured over 10^5 single steps of float32 inputs, largest error over
+    the outputs' root mean square, for complex and for positive real poles: 2e-6 and 2e-5 if modes last 100 positions,
+    2e-5 and 4e-4 if they last 10^4; with a float64 state 2e-7 for all, the rounding of the outputs.
     Raises FilterError if the filter has overflowed by the length asked for.
     """
 

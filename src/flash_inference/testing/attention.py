@@ -19,9 +19,9 @@ def attention_oracle(
 ) -> tuple[Tensor, Tensor]:
     """Causal self-attention of x [B, L, D] as (exact, bound), float64: its value, and how far precision eps may err.
 
-    `weights` are named as in Attention's state dict. The bound is first order, from the data: a sum of n products errs by
-    at most n eps of its magnitudes; a rotation by 3 eps of its; an error of e in all scores changes a softmax by
-    exp(2 e) - 1 relatively; tanh and exp are taken as good to 4 eps.
+    `weights` are named as in Attention's state dict. The bound follows the data: a sum of n products errs by at most
+    n eps of its magnitudes, a rotation by 3 eps of its; an error of e in all scores changes a softmax by exp(2 e) - 1
+    relatively; tanh and exp are taken as good to 4 eps.
     """
     w = {name: tensor.detach().cpu().double().numpy() for name, tensor in weights.items()}
     inputs, H, G, d = x.detach().cpu().double().numpy(), config.heads, config.shared, config.each
