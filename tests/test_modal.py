@@ -14,6 +14,7 @@ from torch import Tensor
 from flash_inference.errors import FilterError, ShapeError
 from flash_inference.filters import Modal, ModalFilter, RealModalFilter, S4DFilter
 from flash_inference.mixers import ModalConv, Moment
+from flash_inference.mixers import modal as mixer
 from flash_inference.mixers.modal import CHUNK
 from flash_inference.ops.causal_conv import causal_conv_reference
 from flash_inference.testing import causal_conv_oracle, modal_filter_oracle, recurrence_bound
@@ -57,12 +58,12 @@ def poles_and_residues(filter: Modal) -> tuple[Tensor, Tensor]:
 def taps_bound(filter: Modal, n: int) -> Tensor:
     """[C, n]: what float64 may err, relative to sum |R| |p|^t.
 
-    In units of eps: t |log p| for log p and its product with t, as much again for S4D's own dt A; t for the oracle's
-    poles rounded; S for the sum over modes, 4 for residues and products.
+    In units of eps: t |log p| for log p and its product with t, as much again for S4D's own dt A; 3 t for the products
+    that powers are doubled by, t for the oracle's poles rounded; S for the sum over modes, 4 for residues and products.
     """
     poles, residues = poles_and_residues(filter)
     t = torch.arange(n, dtype=torch.float64)
-    relative = t * (2 * poles.log().abs().amax(1, keepdim=True) + 1) + poles.shape[1] + 4
+    relative = t * (2 * poles.log().abs().amax(1, keepdim=True) + 4) + poles.shape[1] + 4
     return EPS[torch.float64] * relative * modal_filter_oracle(poles.abs(), residues.abs(), n)
 
 
@@ -212,3 +213,20 @@ def test_bad_arguments_are_named() -> None:
         ModalConv(4, modal(3))
     with pytest.raises(ShapeError, match=r"float16; expected torch\.float32 or torch\.float64"):
         ModalConv(4, modal(), accumulate=torch.float16)
+
+
+@pytest.mark.parametrize("sizes", [[40], [1] * 40, [9, 8, 23]], ids=str)
+def test_steps_and_chunks_give_the_same(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two ways is taken is a question of speed alone."""
+    conv, y = ModalConv(4, modal()).double(), torch.randn(2, 40, 4, dtype=torch.float64)
+    exact, bound = exact_and_bound(conv, y, EPS[torch.float64])
+    for answer in (True, False):
+        monkeypatch.setattr(mixer, "stepwise", lambda y, answer=answer: answer)
+        assert ((stepped(conv, y, sizes) - exact).abs() <= bound).all()
+
+
+def test_steps_are_taken_where_they_are_faster() -> None:
+    assert mixer.stepwise(torch.zeros(1, mixer.STEPS, 1))
+    assert mixer.stepwise(torch.zeros(2, 1000, mixer.FULL // 2))
+    assert not mixer.stepwise(torch.zeros(1, 1000, 4))
+    assert not mixer.stepwise(torch.zeros(1, 1000, mixer.FULL, device="meta"))

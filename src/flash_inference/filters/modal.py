@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_inference.errors import FilterError
+from flash_inference.filters.powers import Powers
 
 
 class Modal(nn.Module):
@@ -34,7 +35,9 @@ class Modal(nn.Module):
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         log_poles, residues = (mode[channels] for mode in self.modes())
         check_growth(log_poles, residues, start + n, dtype)
-        return exponential_sums(log_poles, residues, n, start).to(dtype)
+        if start:
+            residues = residues * torch.exp(start * log_poles)
+        return Powers(log_poles, n, residues.dtype).weigh(residues, n).to(dtype)
 
 
 class ModalFilter(Modal):
@@ -102,29 +105,6 @@ class S4DFilter(Modal):
 def timescales(channels: int, modes: int, length: int) -> Tensor:
     """[channels, modes] decay times in positions, spread evenly in their logarithm from 2 to `length` or beyond."""
     return torch.logspace(math.log10(2), math.log10(max(length, 4)), modes).repeat(channels, 1)
-
-
-def exponential_sums(log_poles: Tensor, weights: Tensor, n: int, start: int = 0) -> Tensor:
-    """out[.., c, t] = Re sum over s of weights[.., c, s] p[c, s]^(start + t), t < n: [.., C, n], real.
-
-    Computed in the weights' dtype from powers formed in float64. Since p^(aK + b) = p^(aK) p^b, with K near sqrt(n)
-    most of it is a product of matrices.
-    """
-    K = 1 << (n.bit_length() + 1) // 2
-    rows = start + K * torch.arange(-(-n // K), device=weights.device)
-    coarse = weights[..., None, :] * powers(log_poles, rows).to(weights.dtype)
-    fine = powers(log_poles, torch.arange(K, device=weights.device)).to(weights.dtype)
-    return (parts(coarse) @ parts(fine.conj()).mT).flatten(-2)[..., :n]
-
-
-def powers(log_poles: Tensor, times: Tensor) -> Tensor:
-    """p[c, s]^times[t] as [C, T, S]."""
-    return torch.exp(log_poles[:, None, :] * times[:, None])
-
-
-def parts(x: Tensor) -> Tensor:
-    """Complex [.., S] as real [.., 2 S], so that parts(x) . parts(y) is the real part of x . conj(y); real as it is."""
-    return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
 
 
 def check_growth(log_poles: Tensor, residues: Tensor, length: int, dtype: torch.dtype) -> None:

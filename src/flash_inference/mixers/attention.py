@@ -189,8 +189,7 @@ class Attention(nn.Module):
         config, (N, S), stop = self.config, (q.shape[2], k.shape[2]), clock + q.shape[2]
         plain = config.alibi is None and config.window is None and config.softcap is None and start is None
         if plain and (N == 1 or N == S):
-            grouped = config.shared < config.heads
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=N > 1, enable_gqa=grouped)
+            return fused(q, k, v, is_causal=N > 1)
         seen = torch.arange(stop - S, stop, device=q.device)
         if N == 1 and config.window == S:
             seen = seen.roll(stop % S)
@@ -228,9 +227,7 @@ class Attention(nn.Module):
         # The fused kernel reads a mask in the queries' dtype, in which 16 bits do not hold large distances.
         if config.softcap is None and (lowered is None or q.itemsize >= 4):
             mask = allowed if lowered is None else lowered.masked_fill(~allowed, -torch.inf)
-            return nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=config.shared < config.heads
-            )
+            return fused(q, k, v, mask)
         dtype = torch.promote_types(q.dtype, torch.float32)
         k, v = (x.to(dtype).repeat_interleave(config.heads // config.shared, dim=1) for x in (k, v))
         scores = q.to(dtype) @ k.mT / config.each**0.5
@@ -241,3 +238,15 @@ class Attention(nn.Module):
     def join(self, heads: Tensor) -> Tensor:
         """Heads [B, H, N, d] -> [B, N, D]."""
         return self.out(heads.transpose(1, 2).flatten(2))
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+    """PyTorch's fused attention of q [B, H, N, d] over k, v [B, G, S, d], heads of keys shared by H / G of queries."""
+    (H, N), G = q.shape[1:3], k.shape[1]
+    attention = nn.functional.scaled_dot_product_attention
+    if N > 1 or H == G:
+        return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=H != G)
+    # Single queries that share keys become the queries of one head: PyTorch would copy the keys for each of them.
+    if mask is not None and mask.shape[1] == H:
+        mask = mask.unflatten(1, (G, H // G)).flatten(2, 3)
+    return attention(q.unflatten(1, (G, H // G)).flatten(2, 3), k, v, mask).reshape(q.shape)

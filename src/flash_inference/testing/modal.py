@@ -35,9 +35,9 @@ def recurrence_bound(
 
     With A[t] = sum over i and s of |R_s| |p_s|^(t - i) |y_i|, in units of u = eps / 2 relative to A: a step rounds the
     pole (1), multiplies complex numbers (sqrt 5, Brent, Percival and Zimmermann 2007) and adds (1), once a position.
-    A power formed as exp(t log p) errs by 2 t |log p|. Sums within a chunk of N add N + 4, the sum over modes 2 S + 1,
-    the skip term 2. So eps (t (3 + |log p|) + S + 4) A in all, plus one FFT of C eps log2(n) ||y|| ||h||, and the
-    output rounded to storage_eps.
+    A power p^t by doubling errs by no more, and by 2 |log p| for the logarithm. Sums within a chunk of N add N + 4, the
+    sum over modes 2 S + 1, the skip term 2. So eps (t (3 + |log p|) + S + 4) A in all, plus one FFT of
+    C eps log2(n) ||y|| ||h||, and the output rounded to storage_eps.
     """
     _, L, C = y.shape
     skip = torch.zeros(C, dtype=torch.float64) if skip is None else skip.detach().double()
