@@ -113,6 +113,7 @@ def test_past_bytes_are_the_bytes(mixer: Mixer) -> None:
 def test_no_positions_change_nothing(mixer: Mixer) -> None:
     x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     past = mixer.init(2, 9)
+    assert mixer.extend(past, x[:, :0], Moment(0)).shape == (2, 0, WIDTH)
     first = mixer.extend(past, x[:, :4], Moment(0))
     assert mixer.extend(past, x[:, :0], Moment(4)).shape == (2, 0, WIDTH)
     assert close(torch.cat([first, mixer.extend(past, x[:, 4:], Moment(4))], dim=1), mixer.forward(x))

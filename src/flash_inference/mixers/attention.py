@@ -40,16 +40,16 @@ class Rotary:
 class AttentionConfig:
     """One attention layer. Scores are q . k / sqrt(head_width), capped, then lowered by ALiBi, then masked.
 
-    kv_heads: keys and values, each shared by heads / kv_heads query heads in a row (None: one each). head_width: None
-    is width / heads. alibi: one slope a head; a key at distance n has its score lowered by slope n. window: a query
+    kv_heads: keys and values, each shared by heads / kv_heads query heads in a row (0: one each). head_width: 0 stands
+    for width / heads. alibi: one slope a head; a key at distance n has its score lowered by slope n. window: a query
     sees the newest `window` positions, its own included (flash-attn's left window + 1). softcap: scores x become
     softcap tanh(x / softcap). Raises ModelError for numbers that do not fit each other.
     """
 
     width: int
     heads: int
-    kv_heads: int | None = None
-    head_width: int | None = None
+    kv_heads: int = 0
+    head_width: int = 0
     rotary: Rotary | None = None
     alibi: tuple[float, ...] | None = None
     window: int | None = None
@@ -60,15 +60,17 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width < 1:
             raise ModelError(f"width is {self.width} and heads is {self.heads}; expected at least 1 of each.")
-        if self.head_width is None and self.width % self.heads:
+        if self.head_width == 0 and self.width % self.heads:
             raise ModelError(
                 f"width {self.width} is no multiple of {self.heads} heads. Give head_width, or other heads."
             )
-        if self.shared < 1 or self.heads % self.shared:
-            raise ModelError(f"kv_heads is {self.shared}; expected a divisor of heads, {self.heads}.")
-        if self.each < 1 or (self.rotary is not None and self.each % 2):
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ModelError(f"kv_heads is {self.kv_heads}; expected a divisor of heads, {self.heads}.")
+        if self.head_width < 1 or (self.rotary is not None and self.head_width % 2):
             raise ModelError(
-                f"heads are {self.each} wide; expected at least 1, and an even width for rotary positions."
+                f"heads are {self.head_width} wide; expected at least 1, and an even width for rotary positions."
             )
         if self.rotary is not None and not (self.rotary.base > 0 and self.rotary.interpolation > 0):
             raise ModelError(f"{self.rotary} has a base or an interpolation factor that is not positive.")
@@ -78,16 +80,6 @@ class AttentionConfig:
             raise ModelError(f"window is {self.window}; expected at least 1 position, a query's own.")
         if self.softcap is not None and not self.softcap > 0:
             raise ModelError(f"softcap is {self.softcap}; expected a positive number, or None for no cap.")
-
-    @property
-    def shared(self) -> int:
-        """Heads of keys and values."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def each(self) -> int:
-        """The width of one head."""
-        return self.width // self.heads if self.head_width is None else self.head_width
 
 
 @dataclass(slots=True)
@@ -111,7 +103,7 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         self.config = config
-        inner, shared = config.heads * config.each, config.shared * config.each
+        inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
         self.qkv = nn.Linear(config.width, inner + 2 * shared, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.width, bias=config.out_bias)
 
@@ -123,12 +115,12 @@ class Attention(nn.Module):
 
     def init(self, batch: int, length: int) -> AttentionPast:
         """An empty cache with room for `length` positions, or for a window of them."""
-        shape = (batch, self.config.shared, self.slots(length), self.config.each)
+        shape = (batch, self.config.kv_heads, self.slots(length), self.config.head_width)
         return AttentionPast(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
     def past_bytes(self, length: int) -> int:
         """Bytes of one row's past."""
-        return 2 * self.config.shared * self.slots(length) * self.config.each * self.qkv.weight.itemsize
+        return 2 * self.config.kv_heads * self.slots(length) * self.config.head_width * self.qkv.weight.itemsize
 
     def slots(self, length: int) -> int:
         """Positions that a cache for `length` of them holds."""
@@ -168,7 +160,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, N, d], keys and values [B, kv heads, N, d] of x [B, N, D] at positions [B or 1, N]."""
-        H, G, d = self.config.heads, self.config.shared, self.config.each
+        H, G, d = self.config.heads, self.config.kv_heads, self.config.head_width
         heads = self.qkv(x).unflatten(-1, (H + 2 * G, d)).transpose(1, 2)
         q, k, v = heads.split((H, G, G), dim=1)
         rotary = self.config.rotary
@@ -193,7 +185,7 @@ class Attention(nn.Module):
         seen = torch.arange(stop - S, stop, device=q.device)
         if N == 1 and config.window == S:
             seen = seen.roll(stop % S)
-        outputs, size = [q[:, :, :0]], self.queries(S, 1 if start is None else len(start))
+        outputs, size = [q[:, :, :0]], self.queries(S, q.shape[0])
         for at in range(0, N, size):
             end = min(at + size, N)
             last = S - N + end
@@ -229,8 +221,8 @@ class Attention(nn.Module):
             mask = allowed if lowered is None else lowered.masked_fill(~allowed, -torch.inf)
             return fused(q, k, v, mask)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        k, v = (x.to(dtype).repeat_interleave(config.heads // config.shared, dim=1) for x in (k, v))
-        scores = q.to(dtype) @ k.mT / config.each**0.5
+        k, v = (x.to(dtype).repeat_interleave(config.heads // config.kv_heads, dim=1) for x in (k, v))
+        scores = q.to(dtype) @ k.mT / config.head_width**0.5
         scores = scores if config.softcap is None else config.softcap * torch.tanh(scores / config.softcap)
         scores = scores if lowered is None else scores + lowered
         return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).to(q.dtype)

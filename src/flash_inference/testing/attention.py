@@ -24,7 +24,7 @@ def attention_oracle(
     relatively; tanh and exp are taken as good to 4 eps.
     """
     w = {name: tensor.detach().cpu().double().numpy() for name, tensor in weights.items()}
-    inputs, H, G, d = x.detach().cpu().double().numpy(), config.heads, config.shared, config.each
+    inputs, H, G, d = x.detach().cpu().double().numpy(), config.heads, config.kv_heads, config.head_width
     B, L, _ = inputs.shape
     u, du = _linear(inputs, np.zeros_like(inputs), w["qkv.weight"], w.get("qkv.bias"), eps)
     u, du = (a.reshape(B, L, H + 2 * G, d) for a in (u, du))
@@ -74,10 +74,10 @@ def _turned(x: Array, dx: Array, config: AttentionConfig, eps: float) -> tuple[A
 
 def _scores(q: tuple[Array, Array], k: tuple[Array, Array], config: AttentionConfig, eps: float) -> tuple[Array, Array]:
     """Scores of one query over keys [S, d], capped."""
-    scale = config.each**-0.5
+    scale = config.head_width**-0.5
     s = scale * (k[0] @ q[0])
     ds = scale * (np.abs(k[0]) @ q[1] + k[1] @ np.abs(q[0]) + k[1] @ q[1])
-    ds = ds + scale * (config.each + 3) * eps * (np.abs(k[0]) @ np.abs(q[0]))
+    ds = ds + scale * (config.head_width + 3) * eps * (np.abs(k[0]) @ np.abs(q[0]))
     if config.softcap is None:
         return s, ds
     return config.softcap * np.tanh(s / config.softcap), ds + 4 * eps * np.abs(s)
