@@ -153,9 +153,7 @@ class Attention(nn.Module):
             self.store(past, k, v, clock)
             known = min(clock + N, slots)
             keys, values = past.keys[:, :, :known], past.values[:, :, :known]
-        start = moment.start
-        if start is not None and int(start.max()) <= clock + N - keys.shape[2]:
-            start = None
+        start = None if moment.begun_by(clock + N - keys.shape[2]) else moment.start
         return self.join(self.attend(q, keys, values, clock, start))
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,14 +28,16 @@ class Moment:
         clocks = torch.arange(self.clock, self.clock + n, device=device)
         return clocks[None] if self.start is None else clocks - self.start[:, None].to(clocks.device)
 
+    def begun_by(self, clock: int) -> bool:
+        """Whether no row begins after `clock`."""
+        if self.start is None:
+            return True
+        last = int(self.start.max()) if self.last_start is None else self.last_start
+        return last <= clock
+
     def alive(self, n: int, device: torch.device | str | None = None) -> Tensor | None:
         """[B, n]: which of the next n positions have begun. None: all of them."""
-        if self.start is None:
-            return None
-        last = int(self.start.max()) if self.last_start is None else self.last_start
-        if self.clock >= last:
-            return None
-        return self.positions(n, device) >= 0
+        return None if self.begun_by(self.clock) else self.positions(n, device) >= 0
 
     def mute(self, x: Tensor) -> Tensor:
         """The next inputs x [B, N, D] with zeros in the place of those before a row's start, whatever these are."""
