@@ -1,10 +1,15 @@
-"""Where rho comes from: explicit taps, a sine MLP under a window, sums of modes. `taps(n) -> [channels, n]`."""
+"""Where rho comes from: stored taps, networks of the position, mixtures of given curves, sums of modes."""
 
 from __future__ import annotations
 
 from flash_inference.filters.explicit import ExplicitFilter
+from flash_inference.filters.filter import Filter
 from flash_inference.filters.implicit import ImplicitFilter
 from flash_inference.filters.modal import Modal, ModalFilter, RealModalFilter, S4DFilter
+from flash_inference.filters.multiscale import MultiscaleFilter
+from flash_inference.filters.rpe import RelativePositionFilter
+from flash_inference.filters.spectral import SpectralBank, SpectralFilter, hankel_matrix, spectral_basis
+from flash_inference.filters.squashed import SquashedFilter
 
 FILTERS = {
     "implicit": ImplicitFilter,
@@ -12,14 +17,26 @@ FILTERS = {
     "modal": ModalFilter,
     "real-modal": RealModalFilter,
     "s4d": S4DFilter,
+    "squashed": SquashedFilter,
+    "multiscale": MultiscaleFilter,
+    "relative": RelativePositionFilter,
+    "spectral": SpectralFilter,
 }
 
 __all__ = [
     "FILTERS",
     "ExplicitFilter",
+    "Filter",
     "ImplicitFilter",
     "Modal",
     "ModalFilter",
+    "MultiscaleFilter",
     "RealModalFilter",
+    "RelativePositionFilter",
     "S4DFilter",
+    "SpectralBank",
+    "SpectralFilter",
+    "SquashedFilter",
+    "hankel_matrix",
+    "spectral_basis",
 ]

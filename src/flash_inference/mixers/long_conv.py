@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_inference.filters import ExplicitFilter, ImplicitFilter
+from flash_inference.filters import ExplicitFilter, Filter
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.ops.causal_conv import causal_conv
 from flash_inference.ops.tile_conv import Impl, PreparedFilter
@@ -15,13 +15,12 @@ from flash_inference.tiling import Rectangle, Share, Tiling
 class LongConv(nn.Module):
     """z[t, d] = sum over i <= t of y[i, d] rho[t - i, d] + skip[d] y[t, d]: depthwise, causal, as long as its filter.
 
-    `filter` gives the taps: an ImplicitFilter or ExplicitFilter, or any module with `channels`, `length` and
-    `taps(n) -> [channels, n]`; by default explicit taps, one parameter each. `skip` adds the D term.
+    `filter` gives the taps: one of `filters`, or any module with `channels`, `length` and `taps(n) -> [channels, n]`;
+    by default explicit taps, one parameter each. Its `stride`, if it has one, makes tiles cheaper. `skip` adds the D
+    term.
     """
 
-    def __init__(
-        self, channels: int, length: int, *, filter: ExplicitFilter | ImplicitFilter | None = None, skip: bool = True
-    ) -> None:
+    def __init__(self, channels: int, length: int, *, filter: Filter | None = None, skip: bool = True) -> None:
         super().__init__()
         self.channels, self.length = channels, length
         self.filter = ExplicitFilter(channels, length) if filter is None else filter
@@ -31,10 +30,15 @@ class LongConv(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """The whole sequence: y [B, L, D] -> [B, L, D]. O(L log L) per channel, differentiable."""
         lanes = y.transpose(1, 2)
-        z = causal_conv(lanes, self.filter.taps(y.shape[1]))
+        z = causal_conv(lanes, self.filter.taps(y.shape[1]), self.stride)
         if self.skip is not None:
             z = z + self.skip[:, None].to(y.dtype) * lanes
         return z.transpose(1, 2)
+
+    @property
+    def stride(self) -> int:
+        """The filter's taps are zero at lags that this does not divide."""
+        return getattr(self.filter, "stride", 1)
 
     def init(self, batch: int, tiling: Tiling) -> StackState:
         """The state of an empty past, for as many positions as the tiling has."""
@@ -65,5 +69,6 @@ class LongConv(nn.Module):
         version = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if self._stack is None or self._stack[0] != version:
             with torch.no_grad():
-                self._stack = (version, Stack(PreparedFilter(self.filter.taps(self.length)), self.channels, self.skip))
+                filter = PreparedFilter(self.filter.taps(self.length), stride=self.stride)
+                self._stack = (version, Stack(filter, self.channels, self.skip))
         return self._stack[1]

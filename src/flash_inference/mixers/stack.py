@@ -120,10 +120,11 @@ class Stack:
         """Makes the views that a block's inline pairs are paid through: row r owes rows r + 1 .. of its block."""
         state.pushes = []
         if state.tiling.block > 1:
-            rho = self.filter.near if state.block <= NEAR else self.filter.rho.T
+            rho, s = self.filter.near if state.block <= NEAR else self.filter.rho.T, self.filter.stride
             for r in range(state.block):
-                n = min(state.block - r - 1, self.filter.length - 1)
-                state.pushes.append((state.partial[r + 1 : r + 1 + n], rho[1 : 1 + n, None], state.inputs[r : r + 1]))
+                n = min(state.block - r - 1, self.filter.length - 1) // s
+                targets = state.partial[r + s : r + s * n + 1 : s]
+                state.pushes.append((targets, rho[1 : 1 + n, None], state.inputs[r : r + 1]))
         return state
 
     def rows(self, tiling: Tiling) -> int:

@@ -66,9 +66,11 @@ def tile_conv(
         raise ShapeError(f"first lag is {first}; expected 0 or more: a tile pays later positions only.")
     if 0 in y.shape or 0 in out.shape or first >= filter.length:
         return
-    if impl == Impl.MEASURED:
-        impl = measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho)
-    TILE_CONV_IMPLS[impl](y, filter, first, out, channels)
+    for sources, lag, targets in filter.parts(y, out, first):
+        chosen = impl
+        if impl == Impl.MEASURED:
+            chosen = measured().pick(sources.shape[0], targets.shape[0], y.shape[1], y.shape[2], filter.rho)
+        TILE_CONV_IMPLS[chosen](sources, filter, lag, targets, channels)
 
 
 __all__ = [

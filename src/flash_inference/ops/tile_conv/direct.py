@@ -22,7 +22,7 @@ def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor,
     S, T = y.shape[0], out.shape[0]
     y = y.to(filter.rho.dtype)
     if S == 1:
-        if first + T <= min(NEAR, filter.length) and out.dtype == y.dtype:
+        if first + T <= min(NEAR, filter.rho.shape[1]) and out.dtype == y.dtype:
             out.addcmul_(filter.near[first : first + T, None, channels], y)
         else:
             piece = max(1, PIECE // y.numel())
@@ -30,7 +30,7 @@ def tile_conv_direct(y: Tensor, filter: PreparedFilter, first: int, out: Tensor,
                 n = min(piece, T - t)
                 out[t : t + n] += filter.taps(first + t, n, channels).T[:, None] * y
     elif T == 1:
-        S = min(S, filter.length - first)
+        S = min(S, filter.rho.shape[1] - first)
         if S > 0:
             out[0] += _dot(y[-S:], filter.backwards(first, S, channels))
     elif S <= FEW:

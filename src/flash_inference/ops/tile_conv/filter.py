@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,20 +17,23 @@ NEAR = 256
 class PreparedFilter:
     """Taps rho [C, n], lag 0 first, with what the tile operations derive from them, each once.
 
-    `spectra_bytes` bounds the memory that stored spectra may take (None: as many bytes as the taps themselves take,
-    at least 64 MiB); beyond it a spectrum is computed when a tile needs it. Taps past the end count as zero.
-    float16 and bfloat16 taps are kept as float32: sums are accumulated in float32 at least.
-    With `own` the tensor itself is kept, and may be changed here; otherwise it is copied.
-    Raises FilterError for an empty or non-finite filter.
+    `spectra_bytes` bounds the memory that stored spectra may take (None: as many bytes as the taps themselves take, at
+    least 64 MiB); beyond it a spectrum is computed when a tile needs it. Taps past the end count as zero. float16 and
+    bfloat16 taps are kept as float32: sums are accumulated in float32 at least. With `own` the tensor itself is kept,
+    and may be changed here; otherwise it is copied. `stride` s says that taps are zero at lags that s does not divide
+    (FilterError if not): the others alone are kept, and `rho`, `near`, `taps`, `backwards` and `spectrum` count them,
+    so tap k is lag s k. A tile then falls apart into s tiles of every s-th source and target (`parts`), of half the
+    pairs in all for s = 2. Raises FilterError for an empty or non-finite filter.
     """
 
-    def __init__(self, rho: Tensor, spectra_bytes: int | None = None, *, own: bool = False) -> None:
+    def __init__(self, rho: Tensor, spectra_bytes: int | None = None, *, own: bool = False, stride: int = 1) -> None:
         if rho.ndim != 2:
             raise ShapeError(f"rho has shape {tuple(rho.shape)}; expected [channels, taps], lag 0 first.")
         if rho.shape[0] < 1 or rho.shape[1] < 1:
             raise FilterError(f"the filter is empty: shape {tuple(rho.shape)}; expected at least 1 channel and 1 tap.")
+        self.length, self.stride = rho.shape[1], stride
         with torch.inference_mode(False), torch.no_grad():
-            rho = rho.detach()
+            rho = rho.detach() if stride == 1 else every(stride, rho.detach())
             wide = rho.to(rho.dtype if rho.dtype == torch.float64 else torch.float32).contiguous()
             self.rho = wide.clone() if wide is rho and not own else wide
             check_finite(self.rho)
@@ -55,10 +59,21 @@ class PreparedFilter:
         """Filter channels C."""
         return self.rho.shape[0]
 
-    @property
-    def length(self) -> int:
-        """Number of taps n."""
-        return self.rho.shape[1]
+    def parts(self, y: Tensor, out: Tensor, first: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """A tile of lags as (y, first, out) tiles of the kept taps: sources and targets apart by multiples of stride.
+
+        `first` is the lag from the newest of the sources y [S, ..] to the oldest of the targets out [T, ..].
+        """
+        if self.stride == 1:
+            yield y, first, out
+            return
+        oldest = first + y.shape[0] - 1
+        for target in range(min(self.stride, out.shape[0])):
+            source = (oldest + target) % self.stride
+            some = y[source :: self.stride]
+            lag = (oldest + target - source) // self.stride - (some.shape[0] - 1)
+            if some.shape[0] and lag < self.rho.shape[1]:
+                yield some, lag, out[target :: self.stride]
 
     def taps(self, first: int, n: int, channels: slice = slice(None)) -> Tensor:
         """Taps first .. first + n - 1 of some channels as [C, n]; zeros past the end. A view where possible."""
@@ -72,12 +87,12 @@ class PreparedFilter:
         if not self._backwards:
             with torch.inference_mode(False):
                 self._backwards.append(self.rho.flip(1).contiguous())
-        last = first + n
-        if last > self.length:
+        last, kept = first + n, self.rho.shape[1]
+        if last > kept:
             raise FilterError(
-                f"lags {first} .. {last - 1} reach past the filter's {self.length} taps; clip the tile's sources first."
+                f"lags {first} .. {last - 1} reach past the filter's {kept} taps; clip the tile's sources first."
             )
-        return self._backwards[0][channels, self.length - last : self.length - first]
+        return self._backwards[0][channels, kept - last : kept - first]
 
     def spectrum(self, first: int, n: int, channels: slice = slice(None)) -> Tensor:
         """rfft of taps first .. first + n - 1 as [C, n / 2 + 1]: stored after its first use while the budget lasts."""
@@ -98,6 +113,21 @@ class PreparedFilter:
             table[start:stop] = torch.fft.rfft(self.taps(first, n, channels), n=n)
             known[start:stop] = [True] * (stop - start)
         return table[start:stop]
+
+
+def every(stride: int, rho: Tensor) -> Tensor:
+    """Taps at lags 0, stride, .. of rho [C, n]. Raises FilterError if a tap in between is not zero."""
+    if stride < 1:
+        raise FilterError(f"stride is {stride}; expected 1 or more.")
+    for offset in range(1, stride):
+        wrong = (rho[:, offset::stride] != 0).nonzero()
+        if len(wrong):
+            channel, lag = int(wrong[0, 0]), offset + stride * int(wrong[0, 1])
+            raise FilterError(
+                f"stride {stride} needs zero taps at lags that it does not divide; channel {channel} lag {lag} is "
+                f"{float(rho[channel, lag])}. Prepare the filter without a stride."
+            )
+    return rho[:, ::stride]
 
 
 def check_finite(rho: Tensor) -> None:

@@ -17,11 +17,18 @@ DIRECT_SIDE = 24
 def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: slice = slice(None)) -> None:
     """out[j] += sum over i <= j of y[i] rho[j - i] for y, out [N, B, C], filter channels `channels`, lag 0 included.
 
-    Direct up to 24 positions, by FFT above: O(N log N) per channel, in pieces of about 1 MiB.
+    Direct up to 24 positions, by FFT above: O(N log N) per channel, in pieces of about 1 MiB. A filter with a stride
+    pays one triangle for each remainder of positions.
     """
+    y, s = y.to(filter.rho.dtype), filter.stride
+    for remainder in range(min(s, y.shape[0])):
+        _triangle(y[remainder::s], filter, out[remainder::s], channels)
+
+
+def _triangle(y: Tensor, filter: PreparedFilter, out: Tensor, channels: slice) -> None:
+    """The triangle of positions that lie `filter.stride` apart: tap k is paid k places on."""
     N, B, C = y.shape
     start, stop, _ = channels.indices(filter.channels)
-    y = y.to(filter.rho.dtype)
     if N <= DIRECT_SIDE:
         window = torch.nn.functional.pad(filter.taps(0, N, channels), (N - 1, 0))
         out.add_(correlate(window, y))
