@@ -440,7 +440,7 @@ def test_taps_that_are_not_stored(make: Callable[[], Filter], n: int, start: int
             r"connection is 'x'; expected one of 'plain', 'residual'",
         ),
         (lambda: RelativePositionFilter(3, 9, decay="some"), r"decay is 'some'; expected one of 'none', 'fixed'"),
-        (lambda: RelativePositionFilter(3, 9, lower=1.5), r"lower is 1\.5; expected a decay between 0 and 1"),
+        (lambda: RelativePositionFilter(3, 9, gamma=1.5), r"gamma is 1\.5; expected what .* between 0 and 1"),
         (lambda: SpectralFilter(3, 9, hankel="Q"), r"hankel is 'Q'; expected one of 'Z', 'L'"),
         (lambda: SpectralFilter(3, 9, count=10), r"10 eigenvectors of a 9 x 9 matrix; expected 1 \.\. 9"),
         (lambda: SpectralFilter(3, 60, count=60), r"of the 60 leading eigenvalues are lost in rounding.* pass the phi"),

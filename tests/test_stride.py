@@ -42,7 +42,8 @@ def check_tile(S: int, T: int, first: int, taps: int, stride: int, impl: Impl) -
     out.copy_(before)
     tile_conv(y, PreparedFilter(rho, stride=stride), first, out=out, impl=impl)
     owed = tile_conv_oracle(y, rho, first, T)
-    # A part has fewer sources, a shorter circle and some of the taps: bounds of the whole tile hold for each.
+    # A part has fewer sources, a shorter circle and some of the taps; a complex pair has the norm of all sources: the
+    # bounds of the whole tile hold for either.
     bound = torch.maximum(direct_bound(y, rho, first, T, EPS), fft_bound(y, rho, first, T, EPS).expand_as(owed))
     assert ((out - before - owed).abs() <= bound + storage_bound(before, owed, EPS)).all(), (S, T, first, taps)
     assert int(buffer.isnan().sum()) == 2 * 2 * 3
@@ -162,10 +163,44 @@ def test_the_largest_block() -> None:
     check_stack(Blocked(600, 2 * NEAR), [1] * 600, taps=600, stride=2)
 
 
-def test_states_take_half_the_taps() -> None:
+def test_half_the_taps_and_no_more_spectra() -> None:
     dense, strided = (PreparedFilter(sparse(4, 101, 2), stride=s) for s in (1, 2))
+    y = torch.randn(32, 1, 4, dtype=torch.float64)
+    for filter in (dense, strided):
+        tile_conv(y, filter, 1, out=torch.zeros_like(y), impl=Impl.FFT)
     assert (dense.length, strided.length) == (101, 101)
     assert (dense.rho.shape[1], strided.rho.shape[1]) == (101, 51)
+    assert 0 < strided.spectra_used <= dense.spectra_used
+
+
+@pytest.mark.parametrize("budget", [0, 500, None])
+def test_results_do_not_depend_on_the_budget_for_spectra(budget: int | None) -> None:
+    rho, y = sparse(3, 300, 2), torch.randn(64, 1, 3, dtype=torch.float64)
+    got, expected = torch.zeros_like(y), torch.zeros_like(y)
+    filter = PreparedFilter(rho, budget, stride=2)
+    for first in (1, 65, 1, 64):
+        tile_conv(y, filter, first, out=got, impl=Impl.FFT)
+        tile_conv(y, PreparedFilter(rho, stride=2), first, out=expected, impl=Impl.FFT)
+        assert filter.spectra_used <= filter.spectra_bytes
+    assert torch.equal(got, expected)
+
+
+def test_transforms_of_a_tile_that_pairs_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One complex transform of half the points there and back, whatever the parity; none once more for the filter."""
+    filter, y, calls = PreparedFilter(sparse(4, 200, 2), stride=2), torch.randn(48, 1, 4, dtype=torch.float64), []
+    for name in ("fft", "ifft", "rfft", "irfft"):
+        transform = getattr(torch.fft, name)
+
+        def counted(x: Tensor, n: int | None = None, *, name: str = name, transform=transform) -> Tensor:
+            calls.append((name, n or x.shape[-1]))
+            return transform(x, n=n)
+
+        monkeypatch.setattr(torch.fft, name, counted)
+    tile_conv(y, filter, 1, out=torch.zeros_like(y), impl=Impl.FFT)
+    assert calls == [("fft", 48), ("fft", 48), ("ifft", 48)]
+    calls.clear()
+    tile_conv(y, filter, 1, out=torch.zeros_like(y), impl=Impl.FFT)
+    assert calls == [("fft", 48), ("ifft", 48)]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class ImplicitFilter(nn.Module):
     stored: 0.05 for the published HyenaDNA weights, 0.0 for safari. MultiHyena has one channel a head:
     `filter.pos_emb.*`, `filter.implicit_filter.*`, `filter.final_filter.weight` (heads, width) as `out`,
     `filter.modulation.weight` (1, 1, heads) as `deltas`; its random features [cos(W t'), sin(W t')], t' from -1 to 1,
-    are a stored z with s = (t' + 1) / 2.
+    are a stored z with s = (t' + 1) / 2. Filters `normalized` over their channels have no counterpart here.
     Source: Poli et al., Hyena Hierarchy (2023), arXiv 2302.10866, section 3.3 and appendix D; Massaroli et al.,
     Laughing Hyena Distillery (2023), arXiv 2310.18780, for heads.
     """

@@ -29,16 +29,17 @@ class RelativePositionFilter(nn.Module):
     """rho[c, k] = final(gamma_c^k * f(k)[c]), f an MLP of the number k
 
     f(k) = W_out a(N(x_S)) + b_out, x_0 = w_0 k + b_0, x_{i+1} = W_i a(N(x_i)) + b_i, plus x_i where `connection` is
-    "residual". N is x / (||x|| / sqrt(width) + 1e-8) ("simplermsnorm") or LayerNorm, a the activation. gamma is 1 for
-    decay "none", a stored constant for "fixed", and lower + (1 - lower) sigmoid(gamma) for "learned". The network
-    is defined for every k; `length` is how many taps are prepared.
+    "residual". N is x / (||x|| / sqrt(width) + 1e-8) ("simplermsnorm") or LayerNorm, a the activation. gamma_c is 1 for
+    decay "none", the stored constant `gamma` for "fixed", and lower + (1 - lower) sigmoid(gamma) of the stored `gamma`
+    for "learned", lower being the argument gamma. The network is defined for every k; `length` is how many taps
+    are prepared.
 
-    Published as Tno with `rpe`, keys under `toep.`: `rpe.pos_proj.{weight (width, 1), bias}` is `embed`,
-    `rpe.layers.i.2.*` (width, width) is `linears.i`, `rpe.out.2.*` (h * dim, width) is `out`; LayerNorms are
-    `layers.i.0.*` and `out.0.*`, here `norms.i`; `gamma` (h, 1, dim), here [h * dim], comes with `use_decay` ("fixed")
-    or `use_multi_decay` ("learned", `lower` = its argument gamma). Linears published without biases have zero ones
-    here. `par_type` 2 and 3 divide the position by the input's length, so that their taps change as the sequence
-    grows, and `normalize` divides by the same convolution of ones: both raise FilterError.
+    Published as Tno with `rpe`, keys under `toep.`: `rpe.pos_proj.{weight, bias}` (width, 1), (width) are `embed`,
+    `rpe.layers.i.2.*` (width, width) `linears.i`, `rpe.out.2.*` (h * dim, width) `out`; LayerNorms are
+    `rpe.layers.i.0.*` and `rpe.out.0.*`, here `norms.i`; `gamma` (h, 1, dim), here [h * dim], comes with `use_decay`
+    ("fixed") or `use_multi_decay` ("learned"). Linears published without biases have zero ones here. `par_type` 2 and
+    3 divide the position by the input's length, so that their taps change as the sequence grows, and `normalize`
+    divides by the same convolution of ones: both raise FilterError.
     Source: Qin et al., Toeplitz Neural Network for Sequence Modeling (2023), arXiv 2305.04749, section 3.2.
     """
 
@@ -53,7 +54,7 @@ class RelativePositionFilter(nn.Module):
         norm: str = "simplermsnorm",
         connection: str = "plain",
         decay: str = "fixed",
-        lower: float = 0.99,
+        gamma: float = 0.99,
         final: str = "none",
         par_type: int = 1,
         normalize: bool = False,
@@ -70,18 +71,18 @@ class RelativePositionFilter(nn.Module):
         check_choice("norm", norm, NORMS)
         check_choice("connection", connection, CONNECTIONS)
         check_choice("decay", decay, DECAYS)
-        if not 0 <= lower <= 1:
-            raise FilterError(f"lower is {lower}; expected a decay between 0 and 1 a tap.")
+        if not 0 <= gamma <= 1:
+            raise FilterError(f"gamma is {gamma}; expected what a channel keeps from tap to tap, between 0 and 1.")
         self.channels, self.length = channels, length
         self.activation, self.final = ACTIVATIONS[activation], ACTIVATIONS[final]
-        self.connection, self.decay, self.lower = connection, decay, lower
+        self.connection, self.decay, self.lower = connection, decay, float(gamma)
         self.embed = nn.Linear(1, width)
         self.linears = cast("list[nn.Linear]", nn.ModuleList(nn.Linear(width, width) for _ in range(layers)))
         self.out = nn.Linear(width, channels)
         count = layers + 1 if norm == "layernorm" else 0
         self.norms = cast("list[nn.LayerNorm]", nn.ModuleList(nn.LayerNorm(width) for _ in range(count)))
         if decay == "fixed":
-            self.gamma = nn.Parameter(torch.full((channels,), float(lower)), requires_grad=False)
+            self.gamma = nn.Parameter(torch.full((channels,), self.lower), requires_grad=False)
         elif decay == "learned":
             self.gamma = nn.Parameter(torch.randn(channels))
 

@@ -30,6 +30,7 @@ class SquashedFilter(nn.Module):
         if window < 1 or window % 2 == 0:
             raise FilterError(f"window is {window}; expected an odd number of taps: an average is centred on its tap.")
         self.channels, self.length, self.threshold, self.window = channels, length, threshold, window
+        # Numbers smaller than the threshold would all be squashed to zero, and learn nothing.
         self.kernel = nn.Parameter(torch.randn(channels, length) * (2 * threshold + length**-0.5))
 
     def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:

@@ -13,6 +13,7 @@ from flash_inference.ops.tile_conv.choice import Choice, Measurement, table_path
 from flash_inference.ops.tile_conv.direct import tile_conv_direct
 from flash_inference.ops.tile_conv.fft import tile_conv_fft
 from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
+from flash_inference.ops.tile_conv.paired import pairs_up, tile_conv_paired
 from flash_inference.ops.tile_conv.reference import tile_conv_reference
 from flash_inference.ops.tile_conv.triangle import triangle_conv
 
@@ -66,11 +67,13 @@ def tile_conv(
         raise ShapeError(f"first lag is {first}; expected 0 or more: a tile pays later positions only.")
     if 0 in y.shape or 0 in out.shape or first >= filter.length:
         return
+    if impl == Impl.MEASURED:
+        impl = measured().pick(y.shape[0], out.shape[0], y.shape[1], y.shape[2], filter.rho)
+    if impl == Impl.FFT and pairs_up(y, filter, first, out):
+        tile_conv_paired(y, filter, first, out, channels)
+        return
     for sources, lag, targets in filter.parts(y, out, first):
-        chosen = impl
-        if impl == Impl.MEASURED:
-            chosen = measured().pick(sources.shape[0], targets.shape[0], y.shape[1], y.shape[2], filter.rho)
-        TILE_CONV_IMPLS[chosen](sources, filter, lag, targets, channels)
+        TILE_CONV_IMPLS[impl](sources, filter, lag, targets, channels)
 
 
 __all__ = [

@@ -45,7 +45,7 @@ class PreparedFilter:
             self.near_rows = self.rho[:, :NEAR].contiguous()
         self.spectra_bytes = max(self.rho.nbytes, 64 << 20) if spectra_bytes is None else spectra_bytes
         self.spectra_used = 0
-        self._spectra: dict[tuple[int, int], tuple[Tensor, list[bool]]] = {}
+        self._spectra: dict[tuple[int, int, bool], tuple[Tensor, list[bool]]] = {}
         self._backwards: list[Tensor] = []
 
     def passing(self) -> PreparedFilter:
@@ -94,23 +94,27 @@ class PreparedFilter:
             )
         return self._backwards[0][channels, kept - last : kept - first]
 
-    def spectrum(self, first: int, n: int, channels: slice = slice(None)) -> Tensor:
-        """rfft of taps first .. first + n - 1 as [C, n / 2 + 1]: stored after its first use while the budget lasts."""
+    def spectrum(self, first: int, n: int, channels: slice = slice(None), *, whole: bool = False) -> Tensor:
+        """rfft of taps first .. first + n - 1 as [C, n / 2 + 1]: stored after its first use while the budget lasts.
+
+        `whole` gives all n points as [C, n], for complex sequences.
+        """
         start, stop, _ = channels.indices(self.channels)
-        key = (first, n)
+        transform, points = (torch.fft.fft, n) if whole else (torch.fft.rfft, n // 2 + 1)
+        key = (first, n, whole)
         if key not in self._spectra:
-            size = self.channels * (n // 2 + 1) * 2 * self.rho.itemsize
+            size = self.channels * points * 2 * self.rho.itemsize
             if self.spectra_used + size > self.spectra_bytes:
-                return torch.fft.rfft(self.taps(first, n, channels), n=n)
+                return transform(self.taps(first, n, channels), n=n)
             self.spectra_used += size
             with torch.inference_mode(False):
                 complex_dtype = torch.complex128 if self.rho.dtype == torch.float64 else torch.complex64
                 like = torch.empty(0, dtype=complex_dtype, device=self.rho.device)
-                table = roomy_zeros(like, self.channels, n // 2 + 1)
+                table = roomy_zeros(like, self.channels, points)
             self._spectra[key] = (table, [False] * self.channels)
         table, known = self._spectra[key]
         if not all(known[start:stop]):
-            table[start:stop] = torch.fft.rfft(self.taps(first, n, channels), n=n)
+            table[start:stop] = transform(self.taps(first, n, channels), n=n)
             known[start:stop] = [True] * (stop - start)
         return table[start:stop]
 

@@ -9,6 +9,7 @@ from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv.direct import correlate
 from flash_inference.ops.tile_conv.fft import CHUNK_BYTES
 from flash_inference.ops.tile_conv.filter import PreparedFilter
+from flash_inference.ops.tile_conv.paired import triangle_conv_paired
 from flash_inference.ops.tile_conv.threads import threads_for
 
 DIRECT_SIDE = 24
@@ -21,6 +22,9 @@ def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: s
     pays one triangle for each remainder of positions.
     """
     y, s = y.to(filter.rho.dtype), filter.stride
+    if s == 2 and y.shape[0] > DIRECT_SIDE and y.shape[0] % 2 == 0:
+        triangle_conv_paired(y, filter, out, channels)
+        return
     for remainder in range(min(s, y.shape[0])):
         _triangle(y[remainder::s], filter, out[remainder::s], channels)
 
