@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from flash_inference.errors import LengthError, ModelError, TokenError
 from flash_inference.models.config import ModelConfig
 from flash_inference.models.decoder import Decoder
-from flash_inference.models.tokens import TOKENS, Table
+from flash_inference.models.tokens import TOKENIZER, TOKENS, Table
 
 
 class LanguageModel(nn.Module):
-    """A language model of any family: tokens [B, L] -> logits [B, L, V]. Its config builds the parts that differ."""
+    """A language model of any family: tokens [B, L] -> logits [B, L, V]. Its config builds the parts that differ.
+
+    `notes` tell what a loader assumed; `table` is a token table of the model's own, beside those of `models.tokens`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -28,6 +31,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if config.tied:
             self.head.weight = self.embedding.weight
+        self.table: Table | None = None
+        self.notes: tuple[str, ...] = ()
         self._decoder: tuple[object, Decoder] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,7 +41,11 @@ class LanguageModel(nn.Module):
 
     @property
     def tokens(self) -> Table:
-        """The table between text and this model's token ids."""
+        """The table between text and this model's token ids: `table`, where the model came with one of its own."""
+        if self.table is not None:
+            return self.table
+        if self.config.tokens == TOKENIZER:
+            raise ModelError(f"this model's text needs its family's {TOKENIZER}, which its folder does not have.")
         if self.config.tokens not in TOKENS:
             raise ModelError(f"token table {self.config.tokens!r} is unknown; expected one of {', '.join(TOKENS)}.")
         return TOKENS[self.config.tokens]

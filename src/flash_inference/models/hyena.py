@@ -32,6 +32,7 @@ class FilterConfig:
     shift: float = 0.0
     fast_decay: float = 0.3
     slow_decay: float = 1.5
+    positions: str = "rebuilt"
 
     def settings(self) -> dict[str, Any]:
         """The arguments that the filter class of this kind takes."""

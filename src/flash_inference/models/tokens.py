@@ -53,11 +53,15 @@ class Table(Protocol):
 
 
 class Bytes:
-    """UTF-8 bytes: token id = byte value, 256 ids. Bytes that are no UTF-8 decode to U+FFFD."""
+    """UTF-8 bytes: token id = byte value, `vocab_size` ids. Bytes that are no UTF-8 decode to U+FFFD.
 
-    name = "bytes"
-    vocab_size = 256
-    letters = None
+    Ids below `printable` decode to a space and those above 255 to U+FFFD. StripedHyena's table has 512 ids (0 is both
+    start and end of text, 1 padding) and prints from 32 on.
+    """
+
+    def __init__(self, name: str, vocab_size: int = 256, printable: int = 0) -> None:
+        self.name, self.vocab_size, self._printable = name, vocab_size, printable
+        self.letters = None if vocab_size == 256 else tuple(range(256))
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of `text`. A lone surrogate raises TokenError, for it has no UTF-8 form."""
@@ -72,29 +76,38 @@ class Bytes:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of byte values; an id outside 0..255 raises TokenError."""
-        return bytes(_check_id(token, self) for token in tokens).decode("utf-8", errors="replace")
+        return b"".join(self.shown(token) for token in tokens).decode("utf-8", errors="replace")
 
     def decoder(self) -> Decoder:
         """A decoder that holds back the bytes of an unfinished character."""
         return _Utf8Decoder(self)
 
+    def shown(self, token: int) -> bytes:
+        """The bytes that an id decodes to."""
+        token = _check_id(token, self)
+        if token < self._printable:
+            return b" "
+        return bytes((token,)) if token < 256 else "\ufffd".encode()
+
 
 class Dna:
-    """DNA letters, one id each, in HyenaDNA's table: A 7, C 8, G 9, T 10, N 11, special tokens 0..6, 16 ids in all.
+    """DNA letters, one id each, after the ids of special tokens, 16 ids in all.
 
-    Lower case (soft-masked sequence) reads as upper case, so decoding gives upper case. Special tokens decode to
-    their bracketed names and the unused ids 12..15 to their numbers ("[SEP]", "[12]"): nothing is hidden.
+    HyenaDNA's table: A 7, C 8, G 9, T 10, N 11. Lower case (soft-masked sequence) reads as upper case, so decoding
+    gives upper case. Special tokens decode to their names and the unused ids to their numbers ("[SEP]", "[12]"):
+    nothing is hidden. No separator is put behind the text: a model that reads one has nothing left to continue.
     """
 
-    name = "dna"
     vocab_size = 16
     alphabet = "ACGTN"
-    letters = (7, 8, 9, 10)
-    special = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 
-    def __init__(self) -> None:
-        self._texts = (*self.special, *self.alphabet, *(f"[{i}]" for i in range(12, self.vocab_size)))
-        upper = {letter: 7 + i for i, letter in enumerate(self.alphabet)}
+    def __init__(self, name: str, special: tuple[str, ...]) -> None:
+        first = len(special)
+        self.name, self.special = name, special
+        self.letters = tuple(range(first, first + 4))
+        unused = range(first + len(self.alphabet), self.vocab_size)
+        self._texts = (*special, *self.alphabet, *(f"[{i}]" for i in unused))
+        upper = {letter: first + i for i, letter in enumerate(self.alphabet)}
         self._ids = upper | {letter.lower(): i for letter, i in upper.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -119,12 +132,12 @@ class Dna:
 
 
 class _Utf8Decoder:
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Bytes) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(bytes((_check_id(token, self._table),)))
+        return self._decoder.decode(self._table.shown(token))
 
     def finish(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -158,6 +171,11 @@ def _check_id(token: int, table: Table) -> int:
     return token
 
 
-BYTES = Bytes()
-DNA = Dna()
-TOKENS: dict[str, Table] = {table.name: table for table in (BYTES, DNA)}
+BYTES = Bytes("bytes")
+STRIPED_BYTES = Bytes("bytes-512", 512, printable=32)
+DNA = Dna("dna", ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]"))
+MULTIMOLECULE_DNA = Dna("dna-multimolecule", ("<pad>", "<cls>", "<eos>", "<unk>", "<mask>", "<null>"))
+TOKENS: dict[str, Table] = {table.name: table for table in (BYTES, DNA, STRIPED_BYTES, MULTIMOLECULE_DNA)}
+
+TOKENIZER = "tokenizer.json"
+"""The `tokens` of a config whose table is that file of its folder (models.tokenizer)."""

@@ -1,6 +1,6 @@
-"""Model folders: config.json, model.safetensors and a manifest.json that vouches for both.
+"""Model folders: config.json, model.safetensors, a tokenizer.json if need be, and a manifest.json that vouches for all.
 
-A folder loads whole and unharmed or not at all: every truncation and every flipped bit of the three files raises
+A folder loads whole and unharmed or not at all: every truncation and every flipped bit of these files raises
 CheckpointError or ModelError. Other files of the folder (a model card, pictures) are not looked at.
 """
 
@@ -17,11 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from flash_inference.errors import CheckpointError, ModelError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.families import FAMILIES
+from flash_inference.models.published import read_published
+from flash_inference.models.tensors import assign, cast, shape, stored
+from flash_inference.models.tokenizer import FileTable
+from flash_inference.models.tokens import TOKENIZER
 
 FORMAT, VERSION = "flash-inference", 1
 CONFIG, TENSORS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
@@ -38,19 +42,28 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LanguageModel:
-    """A shipped model by name, or the model in a folder, as `load_folder` gives it.
+    """A shipped model by name, or the model in a folder: as `load_folder` gives it, or as `read_published` does.
 
-    A shipped name wins over a folder of that name: write "./name" for the folder. Anything else raises ModelError.
+    A folder with a manifest.json, or whose config.json names this format, is ours; any other is read as its authors
+    published it. A shipped name wins over a folder of that name: write "./name" for the folder. Anything else raises ModelError.
     """
     names = shipped()
     if str(name_or_folder) in names:
         return load_folder(PRETRAINED / name_or_folder, dtype, device)
     if Path(name_or_folder).exists() or os.sep in str(name_or_folder):
-        return load_folder(name_or_folder, dtype, device)
+        folder = Path(name_or_folder)
+        return load_folder(folder, dtype, device) if _is_ours(folder) else read_published(folder, dtype, device)
     raise ModelError(
         f"model {str(name_or_folder)!r} is neither a shipped model nor a folder. {_nearest(str(name_or_folder), names)}"
         f"Shipped models: {', '.join(names) or 'none'}."
     )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether to expect what `save` wrote: also in a folder that lost its manifest, or that is no folder at all."""
+    if not folder.is_dir() or (folder / MANIFEST).exists() or not (folder / CONFIG).is_file():
+        return True
+    return f'"{FORMAT}"' in (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
 
 
 def load_folder(
@@ -67,8 +80,10 @@ def load_folder(
     contents = _read_checked(folder)
     model = _build(folder, contents[CONFIG])
     tensors = _parse(folder, contents[TENSORS])
-    _check_tensors(folder, tensors, _stored(model))
-    _assign(model, {name: _cast(name, tensor, dtype, device) for name, tensor in tensors.items()})
+    _check_tensors(folder, tensors, stored(model))
+    assign(model, {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()})
+    if TOKENIZER in contents:
+        model.table = FileTable(contents[TOKENIZER].decode(), str(folder / TOKENIZER))
     return model.eval().requires_grad_(False)
 
 
@@ -86,10 +101,12 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
             f"cannot save a model of {type(model.config).__name__}; the known families are {', '.join(FAMILIES)}. "
             "Add it to FAMILIES in models/families.py."
         )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored(model).items()}
     _check_tensors(folder, tensors, tensors)
     config = {"format": FORMAT, "version": VERSION, "family": family, "config": model.config.to_dict()}
     contents = {CONFIG: _render(config), TENSORS: render_tensors(tensors)}
+    if isinstance(model.table, FileTable):
+        contents[TOKENIZER] = model.table.text.encode()
     contents[MANIFEST] = _render_manifest({name: _entry(content) for name, content in contents.items()})
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -102,11 +119,11 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
 
 
 def _read_checked(folder: Path) -> dict[str, bytes]:
-    """The bytes of config and tensors, each as the manifest says they are."""
+    """The bytes of config, tensors and, where there is one, tokenizer, each as the manifest says they are."""
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist, or is no folder. Check the path.")
     entries = _manifest_entries(folder)
-    contents = {name: _read(folder, name) for name in (CONFIG, TENSORS)}
+    contents = {name: _read(folder, name) for name in (CONFIG, TENSORS, TOKENIZER) if name in entries}
     for name, content in contents.items():
         got, expected = _entry(content), entries[name]
         for what in ("bytes", "sha256"):
@@ -124,7 +141,7 @@ def _manifest_entries(folder: Path) -> dict[str, dict[str, Any]]:
     entries = _parse_json(folder / MANIFEST, content).get("files")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise CheckpointError(f"{folder / MANIFEST} has no object 'files' of objects. Fetch or save the folder again.")
-    for name in (CONFIG, TENSORS):
+    for name in (CONFIG, TENSORS, *({TOKENIZER} & set(entries))):
         if set(entries.get(name, ())) != {"bytes", "sha256"}:
             raise CheckpointError(
                 f"{folder / MANIFEST} does not list {name} with 'bytes' and 'sha256'; it lists "
@@ -210,20 +227,6 @@ def _nearest(word: str, words: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ tensors
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, a tied one under its first name alone."""
-    first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
-
-
-def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put `tensors` in the place of the model's own, ties kept."""
-    state = model.state_dict(keep_vars=True)
-    fresh = {id(state[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-    model.load_state_dict({name: fresh[id(old)] for name, old in state.items()}, assign=True)
-
-
 def _parse(folder: Path, content: bytes) -> dict[str, Tensor]:
     try:
         return parse_tensors(content)
@@ -233,11 +236,11 @@ def _parse(folder: Path, content: bytes) -> dict[str, Tensor]:
 
 def _check_tensors(folder: Path, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Every name once, every shape as the config makes it, one floating dtype, every number finite."""
-    faults = [f"missing {name} {_shape(expected[name])}" for name in expected if name not in got]
-    faults += [f"unexpected {name} {_shape(got[name])}" for name in got if name not in expected]
+    faults = [f"missing {name} {shape(expected[name])}" for name in expected if name not in got]
+    faults += [f"unexpected {name} {shape(got[name])}" for name in got if name not in expected]
     both = [name for name in expected if name in got]
     faults += [
-        f"{name} is {_shape(got[name])}, expected {_shape(expected[name])}"
+        f"{name} is {shape(got[name])}, expected {shape(expected[name])}"
         for name in both
         if got[name].shape != expected[name].shape
     ]
@@ -249,13 +252,3 @@ def _check_tensors(folder: Path, got: dict[str, Tensor], expected: dict[str, Ten
             f"the tensors of {folder / TENSORS} do not make the model of {CONFIG}: {'; '.join(faults)}. "
             "Save config and tensors from one and the same model."
         )
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    if dtype is not None and dtype.itemsize < 4 and ".filter." in name:
-        dtype = None
-    return tensor.to(device=device, dtype=dtype)

@@ -1,0 +1,199 @@
+"""A layout: how a family's published checkpoints are recognised, and how they become our models and back."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_inference.errors import CheckpointError, ModelError
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.published.files import Weights
+from flash_inference.models.published.settings import Settings
+from flash_inference.models.tensors import assign, cast, shape, stored
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHOWN = 40
+"""Faults that one message lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a published tensor lies over ours: `read` takes it to our shape, `write` brings it back."""
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+    def then(self, inner: View) -> View:
+        """First this view, then another on what it reads."""
+        return View(lambda t: inner.read(self.read(t)), lambda t: self.write(inner.write(t)))
+
+
+AS_IS = View(lambda t: t, lambda t: t)
+
+
+def axes(before: int = 0, after: int = 0) -> View:
+    """A published tensor with axes of length 1 before and after ours."""
+    return View(
+        lambda t: t.reshape(t.shape[before : t.ndim - after]),
+        lambda t: t.reshape((1,) * before + tuple(t.shape) + (1,) * after),
+    )
+
+
+def swapped(outer: int, inner: int) -> View:
+    """A first axis published as (outer, inner) where ours is (inner, outer)."""
+    return View(
+        lambda t: t.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1),
+        lambda t: t.unflatten(0, (inner, outer)).transpose(0, 1).flatten(0, 1),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One tensor of ours and its published names; "{i}" in a name stands for every layer.
+
+    The `published` names must all be there; those of `optional` may be; all must be equal. With none of the two,
+    `build` makes the tensor, since the family does not publish it.
+    """
+
+    ours: str
+    published: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    view: View = AS_IS
+    build: Callable[[], Tensor] | None = None
+
+    def layers(self, count: int) -> list[Rename]:
+        """This rename for each layer."""
+        if "{i}" not in self.ours:
+            return [self]
+
+        def numbered(names: tuple[str, ...], i: int) -> tuple[str, ...]:
+            return tuple(name.replace("{i}", str(i)) for name in names)
+
+        return [
+            Rename(*numbered((self.ours,), i), numbered(self.published, i), numbered(self.optional, i), self.view,
+                   self.build)
+            for i in range(count)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way in which checkpoints are published.
+
+    `recognise(config, names)` says whether a folder is one. `configure(settings, tensors)` takes all keys of the config
+    and gives ours. `renames(config, names)` is the rename table for our config, in the spelling of the names that a
+    folder uses. Names that match `ignored` hold nothing the model needs.
+    """
+
+    name: str
+    about: str
+    recognise: Callable[[Mapping[str, Any], Collection[str]], bool]
+    configure: Callable[[Settings, Mapping[str, Tensor]], Any]
+    renames: Callable[[Any, Collection[str]], list[Rename]]
+    ignored: re.Pattern[str] = re.compile(r".*\._extra_state")
+
+    def table(self, config: Any, names: Collection[str] = ()) -> list[Rename]:
+        """The rename table, layer by layer."""
+        return [rename for each in self.renames(config, names) for rename in each.layers(config.layers)]
+
+
+def read(
+    layout: Layout,
+    config: Mapping[str, Any],
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LanguageModel:
+    """A published checkpoint as our model, in eval mode with gradients off; `notes` tell what was assumed.
+
+    Raises CheckpointError for a setting that this library does not compute, and one for all tensors that are missing,
+    unexpected, misshaped, of another dtype or not finite, by their published names.
+    """
+    settings = Settings({k: v for k, v in config.items() if k != "layout"}, str(weights.path.parent / "config.json"))
+    ours = layout.configure(settings, weights.tensors)
+    settings.finish()
+    model = _skeleton(layout, ours, weights)
+    table = layout.table(ours, weights.tensors)
+    expected = stored(model)
+    if lost := {rename.ours for rename in table} ^ set(expected):
+        raise ModelError(f"the rename table of {layout.name} and the model disagree on {sorted(lost)}; this is a bug.")
+    kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
+    others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
+    if faults := _faults(table, expected, kept) + [
+        f"{name} is a {kind}, expected a tensor" for name, kind in others.items()
+    ]:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise CheckpointError(
+            f"the tensors of {weights.path} do not make the {layout.name} model of its config: "
+            f"{'; '.join(faults[:SHOWN])}{more}. Fetch config and weights again, of one revision."
+        )
+    tensors = {rename.ours: _ours(rename, kept) for rename in table}
+    assign(model, {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()})
+    model.notes = (f"read as {layout.name}: {layout.about}", *settings.notes)
+    return model.eval().requires_grad_(False)
+
+
+def write(layout: Layout, model: LanguageModel, names: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a model under the published names of a layout, names that share one tensor all given.
+
+    `names` are those of the folder that it came from, whose spelling is taken where a layout has several.
+    """
+    state, tensors = stored(model), dict[str, Tensor]()
+    for rename in layout.table(model.config, names):
+        for name in (*rename.published, *rename.optional):
+            tensors[name] = rename.view.write(state[rename.ours].detach()).contiguous().clone()
+    return tensors
+
+
+def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
+    """The model that a config describes, on the meta device: shapes without numbers."""
+    if config.layers > len(weights.tensors):
+        raise CheckpointError(
+            f"the config of {weights.path.parent} asks for {config.layers} layers; {weights.path.name} has "
+            f"{len(weights.tensors)} tensors in all. Fetch config and weights again, of one revision."
+        )
+    try:
+        with torch.device("meta"):
+            return LanguageModel(config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the config of {weights.path.parent} makes no {layout.name} model: {error}. Check its sizes."
+        ) from None
+
+
+def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """All that is wrong with the tensors, each fault with its published name."""
+    faults: list[str] = []
+    counts = Counter(tensor.dtype for tensor in got.values() if tensor.dtype in DTYPES)
+    dtype = counts.most_common(1)[0][0] if counts else torch.float32
+    known: set[str] = set()
+    for rename in table:
+        names = (*rename.published, *rename.optional)
+        known.update(names)
+        wanted = shape(rename.view.write(expected[rename.ours]))
+        faults += [f"missing {name} {wanted}" for name in rename.published if name not in got]
+        there = [name for name in names if name in got]
+        for name in there:
+            tensor = got[name]
+            if shape(tensor) != wanted:
+                faults.append(f"{name} is {shape(tensor)}, expected {wanted}")
+            elif tensor.dtype != dtype:
+                faults.append(f"{name} is {tensor.dtype}, expected {dtype} as most are")
+            elif not torch.isfinite(tensor).all():
+                faults.append(f"{name} has NaN or infinity")
+            elif got[there[0]].shape == tensor.shape and not torch.equal(got[there[0]], tensor):
+                faults.append(f"{name} differs from {there[0]}; they are one tensor in this family")
+    return faults + [f"unexpected {name} {shape(got[name])}" for name in got if name not in known]
+
+
+def _ours(rename: Rename, got: Mapping[str, Tensor]) -> Tensor:
+    if not rename.published:
+        assert rename.build is not None
+        return rename.build()
+    return rename.view.read(got[rename.published[0]]).contiguous()
