@@ -13,7 +13,18 @@ import pytest
 import flash_inference
 
 PACKAGE = Path(flash_inference.__file__).parent
-OPTIONAL = {"matplotlib", "typer", "rich", "hypothesis", "triton", "transformers", "fastapi", "pytest", "scipy"}
+OPTIONAL = {
+    "matplotlib",
+    "typer",
+    "rich",
+    "hypothesis",
+    "triton",
+    "transformers",
+    "fastapi",
+    "pytest",
+    "scipy",
+    "tokenizers",
+}
 
 
 def loaded_by(statement: str) -> set[str]:

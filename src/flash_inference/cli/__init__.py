@@ -1,11 +1,12 @@
-"""The command line: `flash-inference generate | score | verify | plan | tune | draw | bench | demo | doctor`."""
+"""The command line: `flash-inference generate | score | verify | plan | convert | tune | draw | bench | ..`."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 
 from flash_inference.cli.bench import bench
 from flash_inference.cli.console import close_stdout, note
+from flash_inference.cli.convert import convert
 from flash_inference.cli.demo import demo
 from flash_inference.cli.doctor import doctor
 from flash_inference.cli.draw import draw
@@ -23,7 +25,7 @@ from flash_inference.cli.tune import tune
 from flash_inference.cli.verify import verify
 from flash_inference.errors import FlashInferenceError
 
-COMMANDS = (generate, score, verify, plan, tune, draw, bench, demo, doctor)
+COMMANDS = (generate, score, verify, plan, convert, tune, draw, bench, demo, doctor)
 """Every command, in the order of `--help`."""
 
 PASSES_ARGUMENTS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -35,7 +37,8 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was asked for."""
         try:
-            result = super().invoke(ctx)
+            with _notes_shown():
+                result = super().invoke(ctx)
             sys.stdout.flush()
             return result
         except BrokenPipeError:
@@ -54,6 +57,27 @@ class Group(TyperGroup):
         except BrokenPipeError:
             close_stdout()
         raise typer.Exit(code)
+
+
+class Notes(logging.Handler):
+    """Shows what the library logs, such as what a loader assumed about a published checkpoint, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        note(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def _notes_shown() -> Iterator[None]:
+    log, handler = logging.getLogger("flash_inference"), Notes(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 app = typer.Typer(

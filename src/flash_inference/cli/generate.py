@@ -76,7 +76,7 @@ def generate(
 
     language_model = load(model)
     table = language_model.tokens
-    dna = table.name == "dna"
+    dna = table.name.startswith("dna")
     if logprobs and not json:
         raise CommandError("--logprobs were asked for without --json, which prints them. Add --json.")
     records = gather(

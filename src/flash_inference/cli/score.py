@@ -48,7 +48,7 @@ def score(
     from flash_inference.models.weights import load
 
     language_model = load(model)
-    dna = language_model.tokens.name == "dna"
+    dna = language_model.tokens.name.startswith("dna")
     if reverse_complement and (per_token or not dna):
         why = "gives no score for single tokens" if dna else f"needs a DNA model; {model!r} reads text"
         raise CommandError(f"--reverse-complement {why}. Leave one of them out.")

@@ -50,7 +50,7 @@ def verify(
     language_model = load(model, dtype=None if dtype is None else getattr(torch, dtype))
     record = gather(
         text=prompt, text_option="--prompt", text_file=prompt_file, fasta=None, dash=None, default="",
-        dna=language_model.tokens.name == "dna",
+        dna=language_model.tokens.name.startswith("dna"),
     )[0]  # fmt: skip
     with Meter("decoding", tokens, "tokens") as meter:
         report = compare(language_model, record.text, tokens=tokens, progress=lambda _: meter.add())

@@ -104,7 +104,7 @@ def read_tokenizer(path: Path) -> FileTable:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # type: ignore[import-not-found]
     except ImportError:
         raise ModelError(
             f"{where} needs the package tokenizers: pip install 'flash-inference[tokenizers]'. "

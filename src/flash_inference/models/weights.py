@@ -45,7 +45,8 @@ def load(
     """A shipped model by name, or the model in a folder: as `load_folder` gives it, or as `read_published` does.
 
     A folder with a manifest.json, or whose config.json names this format, is ours; any other is read as its authors
-    published it. A shipped name wins over a folder of that name: write "./name" for the folder. Anything else raises ModelError.
+    published it. A shipped name wins over a folder of that name: write "./name" for the folder. Anything else raises
+    ModelError.
     """
     names = shipped()
     if str(name_or_folder) in names:
@@ -60,10 +61,11 @@ def load(
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether to expect what `save` wrote: also in a folder that lost its manifest, or that is no folder at all."""
-    if not folder.is_dir() or (folder / MANIFEST).exists() or not (folder / CONFIG).is_file():
+    """Whether `save` wrote the folder, even if it lost its manifest since."""
+    if not folder.is_dir() or (folder / MANIFEST).exists():
         return True
-    return f'"{FORMAT}"' in (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    config = folder / CONFIG
+    return config.is_file() and f'"{FORMAT}"' in config.read_text(encoding="utf-8", errors="replace")
 
 
 def load_folder(

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,8 +146,11 @@ def _read_pieces(folder: Path) -> Weights:
 def _read_pickle(path: Path, file: Any) -> Any:
     """What a pickle holds, read by PyTorch's unpickler of weights."""
     try:
+        _check_sums(path, file)
         with _trainers_inert(file):
             return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds more than weights, which is not read since it could run code: "
@@ -156,15 +160,27 @@ def _read_pickle(path: Path, file: Any) -> Any:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}. {AGAIN}") from None
 
 
+def _check_sums(path: Path, file: Any) -> None:
+    """Holds the parts of a zipped pickle against the sums stored with them, which PyTorch does not compare."""
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return
+    with zipfile.ZipFile(file) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise CheckpointError(f"{path} is damaged: its part {bad} has another checksum than was stored. {AGAIN}")
+    file.seek(0)
+
+
 @contextmanager
 def _trainers_inert(file: Any) -> Iterator[None]:
     """Lets a pickle name buffers and the objects of trainers, which become `Inert`."""
-    start = file.read(4)
-    file.seek(0)
     named: list[str] = []
-    if start == b"PK\x03\x04":
+    zipped = zipfile.is_zipfile(file)
+    file.seek(0)
+    if zipped:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        file.seek(0)
+    file.seek(0)
     inert: list[Any] = [(Inert, name) for name in named if name.startswith(TRAINERS)]
     with torch.serialization.safe_globals([io.BytesIO, *inert]):
         yield

@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flash_inference.filters import ImplicitFilter
+from flash_inference.filters.implicit import decay_rates
 from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.published.layout import Layout, Rename, axes, swapped
 from flash_inference.models.published.settings import TRANSFORMERS, Settings
@@ -91,7 +92,7 @@ def _multimolecule_renames(config: HyenaConfig, names: Collection[str]) -> list[
         if rename.ours.endswith("filter.freq"):
             rename = dataclasses.replace(rename, published=rename.published + rename.optional, optional=())
         elif rename.ours.endswith("filter.deltas"):
-            rename = Rename(rename.ours, (), build=lambda: ImplicitFilter(config.width, 2).deltas.detach())
+            rename = Rename(rename.ours, (), build=lambda: decay_rates(config.width, dtype=torch.float64))
         if not rename.ours.endswith(("filter.z", "filter.t")):
             table.append(rename)
     return table
@@ -187,10 +188,11 @@ def _multimolecule(settings: Settings, tensors: Mapping[str, Tensor]) -> HyenaCo
     settings.ignore("embedding_dropout", "hidden_dropout", "filter_dropout", "activation_freq", "use_bias")
     settings.ignore(*TRANSFORMERS)
     settings.only("frequencies are read from the tensors", train_freq=True)
-    settings.only("that is its table of DNA letters, the one known here", vocab_size=MULTIMOLECULE_VOCABULARY)
-    width = settings.integer("hidden_size")
+    width, vocab = settings.integer("hidden_size"), settings.integer("vocab_size")
+    if vocab != MULTIMOLECULE_VOCABULARY:
+        raise settings.error("vocab_size", vocab, f"{MULTIMOLECULE_VOCABULARY}, its special tokens and A, C, G, T, N")
     return HyenaConfig(
-        vocab_size=_padded(MULTIMOLECULE_VOCABULARY, settings.integer("pad_vocab_size_multiple", 8)),
+        vocab_size=_padded(vocab, settings.integer("pad_vocab_size_multiple", 8)),
         width=width,
         layers=settings.integer("num_hidden_layers"),
         length=settings.integer("max_position_embeddings"),
@@ -261,7 +263,8 @@ def _is_safari(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def _is_above_order_2(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return _is_safari(config, names) and config["layer"].get("order", 2) != 2
+    order = config["layer"].get("order", 2) if _is_safari(config, names) else 2
+    return isinstance(order, int) and order > 2
 
 
 def _is_hf(config: Mapping[str, Any], names: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -71,15 +72,15 @@ class Rename:
         """This rename for each layer."""
         if "{i}" not in self.ours:
             return [self]
-
-        def numbered(names: tuple[str, ...], i: int) -> tuple[str, ...]:
-            return tuple(name.replace("{i}", str(i)) for name in names)
-
         return [
-            Rename(*numbered((self.ours,), i), numbered(self.published, i), numbered(self.optional, i), self.view,
-                   self.build)
+            dataclasses.replace(
+                self,
+                ours=self.ours.replace("{i}", str(i)),
+                published=tuple(name.replace("{i}", str(i)) for name in self.published),
+                optional=tuple(name.replace("{i}", str(i)) for name in self.optional),
+            )
             for i in range(count)
-        ]  # fmt: skip
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +171,7 @@ def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
 def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
     """All that is wrong with the tensors, each fault with its published name."""
     faults: list[str] = []
-    counts = Counter(tensor.dtype for tensor in got.values() if tensor.dtype in DTYPES)
-    dtype = counts.most_common(1)[0][0] if counts else torch.float32
+    dtype = _dtype(got)
     known: set[str] = set()
     for rename in table:
         names = (*rename.published, *rename.optional)
@@ -192,8 +192,14 @@ def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[st
     return faults + [f"unexpected {name} {shape(got[name])}" for name in got if name not in known]
 
 
+def _dtype(got: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of most of the tensors."""
+    counts = Counter(tensor.dtype for tensor in got.values() if tensor.dtype in DTYPES)
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
 def _ours(rename: Rename, got: Mapping[str, Tensor]) -> Tensor:
     if not rename.published:
         assert rename.build is not None
-        return rename.build()
+        return rename.build().to(_dtype(got))
     return rename.view.read(got[rename.published[0]]).contiguous()
