@@ -48,8 +48,9 @@ class FileTable:
         """Token ids of `text`."""
         if not isinstance(text, str):
             raise TokenError(f"text is {type(text).__name__}; expected str. Decode bytes first, or pass token ids.")
+        tokenizer = self._tokenizer
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # The package raises Exception itself, and TypeError for lone surrogates.
             raise TokenError(f"text cannot be encoded: {error}. Is it of the alphabet of {TOKENIZER}?") from None
 

@@ -127,7 +127,7 @@ def read(
     kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
     others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
     if faults := _faults(table, expected, kept) + [
-        f"{name} is a {kind}, expected a tensor" for name, kind in others.items()
+        f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()
     ]:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise CheckpointError(
