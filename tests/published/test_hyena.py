@@ -190,3 +190,9 @@ def test_sixteen_bit_checkpoints_load(tmp_path):
     expected = logits(case, weights, LENGTH, ids[0].tolist())
     got = fi.load(tmp_path, dtype=torch.float64)(ids)[0].numpy()
     assert np.abs(got - expected).max() <= 1e-9 * np.abs(expected).max()
+    model = fi.load(tmp_path)
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.blocks[0].mixer.filter.parameters()} == {torch.float32}
+    fi.save(model, tmp_path / "ours")
+    again = fi.load(tmp_path / "ours").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())

@@ -13,13 +13,6 @@ from flash_inference.errors import FilterError
 from flash_inference.filters.filter import check_choice, check_span
 
 
-def decay_rates(
-    channels: int, fast: float = 0.3, slow: float = 1.5, target: float = 1e-2, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The window's decay rates: spread so that windows reach `target` between `fast` and `slow` of the length."""
-    return torch.linspace(math.log(target) / slow, math.log(target) / fast, channels, dtype=dtype)
-
-
 class ImplicitFilter(nn.Module):
     """rho[:, k] = (W_f sin(f * (W_2 sin(f * (W_1 sin(f * (W_0 z_k + b_0)) + b_1)) + b_2))) * window_k
 
@@ -67,7 +60,8 @@ class ImplicitFilter(nn.Module):
         self.linears = cast("list[nn.Linear]", nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes)))
         self.freq = nn.Parameter(torch.full((width,), float(frequency)))
         self.out = nn.Linear(width, channels, bias=False)
-        self.deltas = nn.Parameter(decay_rates(channels, fast_decay, slow_decay, target), requires_grad=False)
+        slow, fast = math.log(target) / slow_decay, math.log(target) / fast_decay
+        self.deltas = nn.Parameter(torch.linspace(slow, fast, channels), requires_grad=False)
         self.z: nn.Parameter | None = None
         self.t: nn.Parameter | None = None
         if positions == "stored":

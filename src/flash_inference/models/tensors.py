@@ -21,9 +21,9 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """The tensor in `dtype` on `device`; below float32 a filter stays as stored, for its taps need float32."""
-    if dtype is not None and dtype.itemsize < 4 and ".filter." in name:
-        dtype = None
+    """The tensor in `dtype` on `device`; a filter is kept in float32 at least, for its taps need it."""
+    if ".filter." in name and (dtype or tensor.dtype).itemsize < 4:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.to(device=device, dtype=dtype)
 
 

@@ -9,13 +9,13 @@ Sources: github.com/HazyResearch/safari, github.com/HazyResearch/hyena-dna, the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_inference.filters.implicit import decay_rates
 from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.published.layout import Layout, Rename, axes, swapped
 from flash_inference.models.published.settings import TRANSFORMERS, Settings
@@ -92,10 +92,15 @@ def _multimolecule_renames(config: HyenaConfig, names: Collection[str]) -> list[
         if rename.ours.endswith("filter.freq"):
             rename = dataclasses.replace(rename, published=rename.published + rename.optional, optional=())
         elif rename.ours.endswith("filter.deltas"):
-            rename = Rename(rename.ours, (), build=lambda: decay_rates(config.width, dtype=torch.float64))
+            rename = Rename(rename.ours, (), build=lambda: _decay_rates(config.width))
         if not rename.ours.endswith(("filter.z", "filter.t")):
             table.append(rename)
     return table
+
+
+def _decay_rates(channels: int) -> Tensor:
+    """Decay rates that a folder does not hold: windows reach 1% between 0.3 and 1.5 of the length."""
+    return torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels, dtype=torch.float64)
 
 
 # -------------------------------------------------------------------------------------------------------- the settings

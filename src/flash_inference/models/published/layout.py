@@ -126,9 +126,9 @@ def read(
         raise ModelError(f"the rename table of {layout.name} and the model disagree on {sorted(lost)}; this is a bug.")
     kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
     others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
-    if faults := _faults(table, expected, kept) + [
-        f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()
-    ]:
+    faults = _faults(table, expected, kept)
+    faults += [f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()]
+    if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise CheckpointError(
             f"the tensors of {weights.path} do not make the {layout.name} model of its config: "
