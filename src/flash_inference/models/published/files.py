@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +28,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PIECE = re.compile(r"(?P<file>.+\.(?:bin|pt|pth|ckpt|safetensors))\.part(?P<number>\d+)")
 AGAIN = "Fetch the file again."
 
-# What trainers put beside the weights. The names stand for empty objects here: nothing of these packages is imported.
-TRAINERS = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "abc.", "typing.", "argparse.")
+PLAIN = (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple, io.BytesIO)
+
+# What trainers put beside the weights. These names become empty dicts here: nothing of the packages is imported.
+TRAINERS = (
+    "omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "abc.", "argparse.", "collections.",
+    "typing.",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -41,13 +47,14 @@ class Weights:
 
 
 class Inert:
-    """Stands for an object that a trainer pickled beside the weights; keeps nothing of it."""
+    """Stands for a class that a trainer's objects beside the weights were of: makes dicts that nobody reads.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    PyTorch's unpickler fills a dict, and gives it attributes, whatever the class; it does neither to other objects.
+    """
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An empty dict."""
+        return OrderedDict[Any, Any]()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,10 +161,16 @@ def _read_pickle(path: Path, file: Any) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds more than weights, which is not read since it could run code: "
-            f"{' '.join(str(error).split())[:300]} Fetch it again, or save its state dict alone, as safetensors."
+            f"{_reason(error)}. Fetch it again, or save its state dict alone, as safetensors."
         ) from None
     except Exception as error:  # A damaged pickle raises whatever its bytes happen to ask for.
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}. {AGAIN}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What stopped PyTorch's unpickler, without its advice to read the pickle with all that it can do."""
+    told = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return re.split(r"\.?\s+(?:Please|Check)\s|\n", told)[0].rstrip(". ") or type(error).__name__
 
 
 def _check_sums(path: Path, file: Any) -> None:
@@ -174,7 +187,7 @@ def _check_sums(path: Path, file: Any) -> None:
 
 @contextmanager
 def _trainers_inert(file: Any) -> Iterator[None]:
-    """Lets a pickle name buffers and the objects of trainers, which become `Inert`."""
+    """Lets a pickle hold plain values, buffers, and the objects of trainers, which become `Inert`."""
     named: list[str] = []
     zipped = zipfile.is_zipfile(file)
     file.seek(0)
@@ -182,7 +195,7 @@ def _trainers_inert(file: Any) -> Iterator[None]:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     file.seek(0)
     inert: list[Any] = [(Inert, name) for name in named if name.startswith(TRAINERS)]
-    with torch.serialization.safe_globals([io.BytesIO, *inert]):
+    with torch.serialization.safe_globals([*PLAIN, *inert]):
         yield
 
 
