@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import flash_inference as fi
 from flash_inference.cli import COMMANDS, app
 from flash_inference.cli.plan import _ranges
-from flash_inference.cli.records import parse_fasta, wrap
+from flash_inference.cli.records import parse
+from flash_inference.cli.source import Source
 from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.ops.tile_conv import TILE_CONV_IMPLS, Choice, Impl, table_path
 
@@ -165,11 +166,11 @@ def test_generate_dna_prints_fasta(tmp_path):
     expected = fi.generate(model, ["ACGTACGT", "AC"], max_new_tokens=100, temperature=1.0, seed=5, n=2, allowed=letters)
     settings = ("generate", "./dna", "--tokens", 100, "--seed", 5)
     shown = run(*settings, "--fasta", path, "--n", 2).stdout
-    records = parse_fasta(shown, "stdout")
+    records = list(parse(Source.of_text("stdout", shown)))
     assert [record.name for record in records] == ["first_1", "first_2", "second_1", "second_2"]
     assert [record.text for record in records] == [model.tokens.decode(row) for row in expected]
     assert max(len(line) for line in shown.splitlines() if line[0] != ">") == 70
-    live = parse_fasta(run(*settings, "--prompt", "ACGT ACGT").stdout, "stdout")
+    live = parse(Source.of_text("stdout", run(*settings, "--prompt", "ACGT ACGT").stdout))
     assert [record.text for record in live] == [records[0].text]
 
 
@@ -244,11 +245,6 @@ def test_score_both_strands():
         assert row["forward"] == pytest.approx(forward)
         assert row["reverse_complement"] == pytest.approx(other)
         assert row["log_likelihood"] == pytest.approx((forward + other) / 2)
-
-
-def test_fasta_wraps_as_it_parses():
-    letters = "ACGTA" * 31
-    assert parse_fasta(">x\n" + wrap(letters), "here")[0].text == letters
 
 
 # ------------------------------------------------------------------------------------------------------ verify, plan

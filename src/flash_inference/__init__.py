@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flash_inference.engine.embed import embed
 from flash_inference.engine.generate import Generation, generate, stream
 from flash_inference.engine.score import score
 from flash_inference.filters import ExplicitFilter, ImplicitFilter
@@ -20,6 +21,7 @@ __all__ = [
     "LanguageModel",
     "LongConv",
     "OnlineConvolution",
+    "embed",
     "generate",
     "load",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: `flash-inference generate | score | verify | plan | convert | tune | draw | bench | ..`."""
+"""The command line: `flash-inference generate | score | embed | verify | plan | convert | tune | draw | ..`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flash_inference.cli.convert import convert
 from flash_inference.cli.demo import demo
 from flash_inference.cli.doctor import doctor
 from flash_inference.cli.draw import draw
+from flash_inference.cli.embed import embed
 from flash_inference.cli.generate import generate
 from flash_inference.cli.plan import plan
 from flash_inference.cli.score import score
@@ -25,7 +26,7 @@ from flash_inference.cli.tune import tune
 from flash_inference.cli.verify import verify
 from flash_inference.errors import FlashInferenceError
 
-COMMANDS = (generate, score, verify, plan, convert, tune, draw, bench, demo, doctor)
+COMMANDS = (generate, score, embed, verify, plan, convert, tune, draw, bench, demo, doctor)
 """Every command, in the order of `--help`."""
 
 PASSES_ARGUMENTS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -14,7 +14,7 @@ import typer
 
 from flash_inference.cli.console import CommandError, Meter, note, write, write_json
 from flash_inference.cli.options import Dash, Fasta, Json, Model, Tokens
-from flash_inference.cli.records import Record, gather, wrap
+from flash_inference.cli.records import Record, Survey, gather, wrap
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -71,20 +71,18 @@ def generate(
       cat play.txt | flash-inference generate shakespeare - --stop "JULIET:"
       flash-inference generate tuberculosis --fasta genes.fa -n 4 > more.fa
     """
-    from flash_inference.engine.prompts import as_rows, check_room
+    from flash_inference.engine.prompts import check_room
     from flash_inference.models.weights import load
 
     language_model = load(model)
     table = language_model.tokens
-    dna = table.name.startswith("dna")
+    dna = table.complement is not None
     if logprobs and not json:
         raise CommandError("--logprobs were asked for without --json, which prints them. Add --json.")
     records = gather(
         text=prompt, text_option="--prompt", text_file=prompt_file, fasta=fasta, dash=dash, dna=dna, default=""
     )
-    rows = [as_rows(language_model, record.text)[0] for record in records]
-    for row in rows:
-        check_room(language_model, len(row), tokens)
+    survey = records.check(language_model, lambda row: check_room(language_model, len(row), tokens))
     if seed is None:
         seed = secrets.randbelow(2**31)
     chosen = _ids(allowed, table)
@@ -93,14 +91,14 @@ def generate(
         "repetition_penalty": repetition_penalty, "allowed": table.letters if chosen is None else chosen, "seed": seed,
         "stop": tuple(stop or ()), "n": n, "logprobs": logprobs,
     }  # fmt: skip
-    live = len(records) == n == 1 and not json
+    live = survey.records == n == 1 and not json
     described = f"model={model} temperature={temperature:g} seed={seed}"
-    printer: Printer = _Json(model, settings) if json else _Fasta(described, live) if dna else _Text(records, n, live)
+    printer: Printer = _Json(model, settings) if json else _Fasta(described, live) if dna else _Text(survey, n, live)
     clock = Clock()
     show = not (live and sys.stdout.isatty())
     try:
-        with Meter("generating", len(records) * n * tokens, "tokens", show=show) as meter:
-            for number, (record, row) in enumerate(zip(records, rows, strict=True)):
+        with Meter("generating", survey.records * n * tokens, "tokens", show=show) as meter:
+            for number, (record, row) in enumerate(records.rows(language_model)):
                 settings["first_row"] = number * n
                 samples = [Sample(record, index, len(row), table.decoder()) for index in range(n)]
                 _sample(language_model, row, samples, settings, printer, clock, meter)
@@ -195,8 +193,8 @@ class Printer:
 
 
 class _Text(Printer):
-    def __init__(self, records: list[Record], n: int, live: bool) -> None:
-        self.records, self.n, self.live = records, n, live
+    def __init__(self, survey: Survey, n: int, live: bool) -> None:
+        self.records, self.n, self.live = survey.records, n, live
 
     def piece(self, sample: Sample, piece: str) -> None:
         if self.live and piece:
@@ -207,7 +205,7 @@ class _Text(Printer):
         if self.live:
             write(rest + ("\n" if sys.stdout.isatty() else ""))
         else:
-            name = f"{sample.record.name}, " if len(self.records) > 1 else ""
+            name = f"{sample.record.name}, " if self.records > 1 else ""
             write(f"==> {name}sample {sample.index + 1} of {self.n} <==\n{sample.text}\n")
 
 

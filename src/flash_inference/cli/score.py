@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flash_inference.cli.console import CommandError, Meter, write, write_json
-from flash_inference.cli.options import Dash, Fasta, Json, Model
-from flash_inference.cli.records import gather
+from flash_inference.cli.options import Dash, Fasta, Json, Model, Npz
+from flash_inference.cli.records import Record, gather
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flash_inference.models.backbone import LanguageModel
-
-COMPLEMENT = str.maketrans("ACGTacgt", "TGCAtgca")
+    from flash_inference.models.tokens import Table
 
 
 def score(
@@ -30,62 +31,77 @@ def score(
     reverse_complement: Annotated[
         bool, typer.Option("--reverse-complement", help="DNA: the mean of the sequence and its other strand.")
     ] = False,
+    npz: Npz = None,
     json: Json = False,
 ) -> None:
     """Score text or DNA: its log-likelihood under a model, exact.
 
     Prints tab-separated columns: the record, how many tokens it has, their total natural log-likelihood, and bits per
     token (lower is better predicted). Without an option, standard input is scored. The first token is scored too,
-    after the model's start token.
+    after the model's start token. All input is checked before any of it is scored. --npz writes the arrays names,
+    lengths, and log_likelihoods of all tokens, one record after another.
 
     \b
     Examples:
       flash-inference score shakespeare --text "To be, or not to be"
-      flash-inference score tuberculosis --fasta genes.fa --reverse-complement
+      flash-inference score tuberculosis --fasta genes.fa.gz --reverse-complement
       flash-inference score shakespeare --per-token < play.txt > play.tsv
     """
-    from flash_inference.engine.prompts import as_rows
+    from flash_inference.cli.npz import Npz as Archive
+    from flash_inference.engine.strands import other_strand
     from flash_inference.models.weights import load
 
     language_model = load(model)
-    dna = language_model.tokens.name.startswith("dna")
-    if reverse_complement and (per_token or not dna):
-        why = "gives no score for single tokens" if dna else f"needs a DNA model; {model!r} reads text"
-        raise CommandError(f"--reverse-complement {why}. Leave one of them out.")
-    records = gather(text=text, text_option="--text", text_file=text_file, fasta=fasta, dash=dash, dna=dna)
-    for record in records:
-        if not record.text:
-            raise CommandError(f"record {record.name!r} is empty; a score needs at least 1 token. Remove it.")
-    strands = [[as_rows(language_model, record.text)[0]] for record in records]
-    if reverse_complement:
-        for rows, record in zip(strands, records, strict=True):
-            rows.append(as_rows(language_model, record.text.translate(COMPLEMENT)[::-1])[0])
-    for rows in strands:
-        language_model.check_tokens(rows[0][None])
-    if not json:
-        columns = ["record", "position", "token", "text", "log_likelihood"] if per_token else list(Score.COLUMNS)
-        write("\t".join(columns) + "\n")
-    with Meter("scoring", sum(len(row) - 1 for rows in strands for row in rows), "tokens") as meter:
-        for record, rows in zip(records, strands, strict=True):
-            chances = [_chances(language_model, row, meter) for row in rows]
-            result = Score(record.name, len(chances[0]), [float(chance.double().sum()) for chance in chances])
-            if json:
-                write_json(result.values() | ({"log_likelihoods": chances[0].tolist()} if per_token else {}))
-            elif per_token:
-                _write_tokens(language_model, record.name, rows[0], chances[0])
-            else:
-                write("\t".join(result.cells()) + "\n")
+    table = language_model.tokens
+    if reverse_complement and table.complement is None:
+        raise CommandError(f"--reverse-complement needs a DNA model; {model!r} reads text. Leave it out.")
+    if npz is not None and (json or per_token):
+        raise CommandError("--npz takes every token's score already. Leave --json and --per-token out.")
+    records = gather(
+        text=text, text_option="--text", text_file=text_file, fasta=fasta, dash=dash, dna=table.complement is not None
+    )
+
+    def check(row: Tensor) -> None:
+        if len(row) < 2:
+            raise CommandError("it is empty; a score needs at least 1 token. Remove the record.")
+        if reverse_complement:
+            other_strand(language_model, row)
+
+    survey = records.check(language_model, check)
+    numbers = "float64" if language_model.embedding.weight.itemsize == 8 else "float32"
+    archive = Archive(npz, "log_likelihoods", (survey.tokens,), numbers) if npz is not None else None
+    if not json and archive is None:
+        write("\t".join(TOKEN_COLUMNS if per_token else Score.COLUMNS) + "\n")
+    with archive or nullcontext(), Meter("scoring", survey.tokens * (1 + reverse_complement), "tokens") as meter:
+        for window in records.windows(language_model):
+            for result in _scores(language_model, window, reverse_complement, meter):
+                if archive is not None:
+                    archive.write(result.record, result.log_likelihoods)
+                elif json:
+                    chances = {"log_likelihoods": result.log_likelihoods.tolist()} if per_token else {}
+                    write_json(result.values() | chances)
+                else:
+                    write(result.lines(table) if per_token else "\t".join(result.cells()) + "\n")
+
+
+TOKEN_COLUMNS = ("record", "position", "token", "text", "log_likelihood")
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A record's score: its log-likelihood in nats, one for each strand that was read."""
+    """A record's score in nats: of each of its tokens, and in total for each strand that was read."""
 
     COLUMNS = ("record", "tokens", "log_likelihood", "bits_per_token")
 
     record: str
-    tokens: int
+    ids: Tensor
+    log_likelihoods: Tensor
     strands: list[float]
+
+    @property
+    def tokens(self) -> int:
+        """How many were scored."""
+        return len(self.ids)
 
     @property
     def log_likelihood(self) -> float:
@@ -101,6 +117,15 @@ class Score:
         """As columns of text."""
         return [self.record, str(self.tokens), f"{self.log_likelihood:.6f}", f"{self.bits_per_token:.6f}"]
 
+    def lines(self, table: Table) -> str:
+        """A line of text for each token."""
+        lines: list[str] = []
+        scored = zip(self.ids.tolist(), self.log_likelihoods.tolist(), strict=True)
+        for position, (token, chance) in enumerate(scored, 1):
+            shown = table.decode([token]).encode("unicode_escape").decode()
+            lines.append(f"{self.record}\t{position}\t{token}\t{shown}\t{chance:.6f}\n")
+        return "".join(lines)
+
     def values(self) -> dict[str, Any]:
         """As JSON values."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.COLUMNS}
@@ -109,22 +134,16 @@ class Score:
         return values
 
 
-def _chances(model: LanguageModel, row: Tensor, meter: Meter) -> Tensor:
-    """Log-probabilities [L - 1] of a row after its first token."""
-    import torch
+def _scores(
+    model: LanguageModel, window: list[tuple[Record, Tensor]], reverse_complement: bool, meter: Meter
+) -> Iterator[Score]:
+    """Scores records side by side; with `reverse_complement`, each letter's is the mean of both strands."""
+    from flash_inference.engine.score import score as log_likelihoods
+    from flash_inference.engine.strands import mean_of_strands, other_strand
 
-    from flash_inference.engine.score import score_chunks
-
-    parts: list[Tensor] = []
-    for part in score_chunks(model, row[None]):
-        parts.append(part[0])
-        meter.add(part.shape[1])
-    return torch.cat(parts)
-
-
-def _write_tokens(model: LanguageModel, name: str, row: Tensor, chances: Tensor) -> None:
-    lines = []
-    for position, (token, chance) in enumerate(zip(row[1:].tolist(), chances.tolist(), strict=True), 1):
-        shown = model.tokens.decode([token]).encode("unicode_escape").decode()
-        lines.append(f"{name}\t{position}\t{token}\t{shown}\t{chance:.6f}\n")
-    write("".join(lines))
+    rows = [row for _, row in window]
+    readings = [rows, [other_strand(model, row) for row in rows]] if reverse_complement else [rows]
+    strands = [[row.flatten() for row in log_likelihoods(model, reading, progress=meter.add)] for reading in readings]
+    for (record, row), *chances in zip(window, *strands, strict=True):
+        each = mean_of_strands(*chances) if reverse_complement else chances[0]
+        yield Score(record.name, row[1:], each, [float(chance.double().sum()) for chance in chances])

@@ -48,10 +48,11 @@ def verify(
     if dtype is not None and dtype not in DTYPES:
         raise CommandError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     language_model = load(model, dtype=None if dtype is None else getattr(torch, dtype))
-    record = gather(
+    records = gather(
         text=prompt, text_option="--prompt", text_file=prompt_file, fasta=None, dash=None, default="",
-        dna=language_model.tokens.name.startswith("dna"),
-    )[0]  # fmt: skip
+        dna=language_model.tokens.complement is not None,
+    )  # fmt: skip
+    record = next(iter(records))
     with Meter("decoding", tokens, "tokens") as meter:
         report = compare(language_model, record.text, tokens=tokens, progress=lambda _: meter.add())
     if json:

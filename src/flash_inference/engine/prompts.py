@@ -28,6 +28,11 @@ def as_rows(model: LanguageModel, prompt: Prompt) -> list[Tensor]:
     return [model.check_tokens(row[None], first_row=index)[0] for index, row in enumerate(rows)]
 
 
+def is_text(prompt: Prompt) -> list[bool]:
+    """For each row of `as_rows`: whether it was given as text, hence begins with a start token that was not given."""
+    return [row is None or isinstance(row, str) for row in _rows(prompt)]
+
+
 def _rows(prompt: Any) -> list[Any]:
     if prompt is None or isinstance(prompt, str):
         return [prompt]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -155,16 +155,32 @@ class Decoder:
         return logits[:, None] if every else logits
 
     @torch.no_grad()
+    def hidden(self, state: ModelState, tokens: Tensor, layer: int = -1) -> Tensor:
+        """The next tokens [B, N] -> hidden states [B, N, D]: after the embedding (layer 0), each block, the final norm.
+
+        `layer` indexes these as a list. Extends the state as `extend` does, through all blocks. Raises TokenError and
+        LengthError.
+        """
+        layer %= len(self.model.blocks) + 2
+        states = torch.cat(list(self._states(state, tokens, layer)), dim=1)
+        return self.model.norm(states) if layer > len(self.model.blocks) else states
+
+    @torch.no_grad()
     def _chunks(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
-        tokens = self.model.check_tokens(tokens)
-        outputs, done = [], 0
-        for size in self._pieces(state, tokens.shape[1]):
-            outputs.append(self._piece(state, tokens[:, done : done + size], every))
-            done += size
+        pieces = self._states(state, tokens, len(self.model.blocks))
+        outputs = [self.model.head(self.model.norm(x if every else x[:, -1])) for x in pieces]
         return torch.cat(outputs, dim=1) if every else outputs[-1]
 
-    def _pieces(self, state: ModelState, n: int) -> list[int]:
-        """Sizes in which n further positions are taken."""
+    def _states(self, state: ModelState, tokens: Tensor, layer: int) -> Iterator[Tensor]:
+        """[B, n, D] after `layer` blocks, a piece of the tokens at a time."""
+        tokens = self.model.check_tokens(tokens)
+        done = 0
+        for size in self._sizes(state, tokens.shape[1]):
+            yield self._piece(state, tokens[:, done : done + size], layer)
+            done += size
+
+    def _sizes(self, state: ModelState, n: int) -> list[int]:
+        """Sizes of the pieces in which n further positions are taken."""
         if self.stack and state.stack:
             return self.stack.pieces(state.stack, n)
         if state.clock + n > state.room:
@@ -174,18 +190,20 @@ class Decoder:
             )
         return [n] if n else []
 
-    def _piece(self, state: ModelState, tokens: Tensor, every: bool) -> Tensor:
+    def _piece(self, state: ModelState, tokens: Tensor, layer: int) -> Tensor:
+        """Runs all blocks; [B, N, D] after `layer` of them."""
         N = tokens.shape[1]
         if self.stack and state.stack:
             self.stack.begin(state.stack, N)
         x, moment = self.model.embedding(tokens), state.moment
-        for block, pasts, first in zip(self.model.blocks, state.pasts, self._first, strict=False):
-            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, state, first)))
+        wanted = x
+        for index, (block, pasts) in enumerate(zip(self.model.blocks, state.pasts, strict=True)):
+            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, state, self._first[index])))
+            wanted = x if index < layer else wanted
         if self.stack and state.stack:
             self.stack.commit(state.stack, N)
         state.clock += N
-        x = x if every else x[:, -1]
-        return self.model.head(self.model.norm(x))
+        return wanted
 
     def _mix(self, state: ModelState, first: int, o: int, y: Tensor) -> Tensor:
         assert self.stack is not None

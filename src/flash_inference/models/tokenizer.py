@@ -23,6 +23,7 @@ class FileTable:
     """
 
     name = TOKENIZER
+    complement = None
 
     def __init__(self, text: str, where: str = TOKENIZER) -> None:
         self.text, self._where = text, where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from flash_inference.errors import TokenError
@@ -39,6 +39,11 @@ class Table(Protocol):
         """Ids that generation should draw from; None for all."""
         ...
 
+    @property
+    def complement(self) -> Mapping[int, int] | None:
+        """The id of each letter's partner on the other strand of DNA; None for tables that have no strands."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with no start or stop token added."""
         ...
@@ -58,6 +63,8 @@ class Bytes:
     Ids below `printable` decode to a space and those above 255 to U+FFFD. StripedHyena's table has 512 ids (0 is both
     start and end of text, 1 padding) and prints from 32 on.
     """
+
+    complement = None
 
     def __init__(self, name: str, vocab_size: int = 256, printable: int = 0) -> None:
         self.name, self.vocab_size, self._printable = name, vocab_size, printable
@@ -109,6 +116,11 @@ class Dna:
         self._texts = (*special, *self.alphabet, *(f"[{i}]" for i in unused))
         upper = {letter: first + i for i, letter in enumerate(self.alphabet)}
         self._ids = upper | {letter.lower(): i for letter, i in upper.items()}
+
+    @property
+    def complement(self) -> Mapping[int, int]:
+        """A and T, C and G; N is its own."""
+        return {self._ids[letter]: self._ids[partner] for letter, partner in zip("ACGTN", "TGCAN", strict=True)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the letters ACGTN in either case; any other character raises TokenError with its index."""

@@ -14,6 +14,7 @@ from flash_inference.testing.modal import modal_filter_oracle, recurrence_bound
 from flash_inference.testing.models import random_model
 from flash_inference.testing.oracles import (
     causal_conv_oracle,
+    hidden_oracle,
     hyena_oracle,
     implicit_filter_oracle,
     model_oracle,
@@ -32,6 +33,7 @@ __all__ = [
     "fft_bound",
     "find_ties",
     "greedy_differences",
+    "hidden_oracle",
     "hyena_oracle",
     "implicit_filter_oracle",
     "modal_filter_oracle",

@@ -86,11 +86,18 @@ def hyena_oracle(x: Tensor, weights: Mapping[str, Tensor], rho: Tensor, order: i
 
 def model_oracle(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits [B, L, V] in float64 of a Hyena LanguageModel, from its config and its state dict alone."""
+    head = model.state_dict()["embedding.weight" if model.config.tied else "head.weight"]
+    return hidden_oracle(model, tokens)[-1] @ torch.from_numpy(_array(head)).T
+
+
+def hidden_oracle(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
+    """States [B, L, D] in float64 of a Hyena LanguageModel: its embedding, each block's output, the final norm."""
     config = model.config
     state = dict(model.state_dict())
     w = {name: _array(tensor) for name, tensor in state.items()}
     ids = np.asarray(tokens.cpu())
     x = w["embedding.weight"][ids]
+    states = [x]
     for layer in range(config.layers):
         prefix = f"blocks.{layer}."
         block = {name.removeprefix(prefix): array for name, array in w.items() if name.startswith(prefix)}
@@ -106,9 +113,9 @@ def model_oracle(model: LanguageModel, tokens: Tensor) -> Tensor:
         normed = _layer_norm(x, block["norm2.weight"], block["norm2.bias"], config.norm_eps)
         hidden = _gelu(normed @ block["mlp.fc1.weight"].T + block["mlp.fc1.bias"])
         x = x + hidden @ block["mlp.fc2.weight"].T + block["mlp.fc2.bias"]
-    x = _layer_norm(x, w["norm.weight"], w["norm.bias"], config.norm_eps)
-    head = w["embedding.weight"] if config.tied else w["head.weight"]
-    return torch.from_numpy(x @ head.T)
+        states.append(x)
+    states.append(_layer_norm(x, w["norm.weight"], w["norm.bias"], config.norm_eps))
+    return [torch.from_numpy(x) for x in states]
 
 
 def _array(tensor: Tensor) -> Array:
