@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -96,6 +97,13 @@ def test_version():
         ("score", "./bytes", "--text", ""),
         ("score", "./bytes", "--text", "a", "--reverse-complement"),
         ("score", "./bytes", "--fasta", "dna/config.json"),
+        ("score", "./dna", "--text", "ACXG"),
+        ("score", "./dna", "--text", "ACGT", "--npz", "no/such/folder.npz"),
+        ("score", "./bytes", "--text", "a", "--npz", "a.npz", "--json"),
+        ("embed", "./bytes", "--text", "a", "--layer", 3),
+        ("embed", "./bytes", "--text", "a", "--pool", "max"),
+        ("embed", "./bytes", "--text", ""),
+        ("embed", "./bytes", "--text", "a", "--npz", "a.npz", "--json"),
         ("verify", "./bytes", "--dtype", "int8"),
         ("plan", "./bytes", "--tokens", 600),
         ("plan", "./bytes", "--tiling", "rlaxed"),
@@ -245,6 +253,55 @@ def test_score_both_strands():
         assert row["forward"] == pytest.approx(forward)
         assert row["reverse_complement"] == pytest.approx(other)
         assert row["log_likelihood"] == pytest.approx((forward + other) / 2)
+
+
+def test_score_per_token_of_both_strands():
+    expected = fi.score(fi.load("./dna"), "ACGTT", reverse_complement=True)[0].tolist()
+    (row,) = rows(run("score", "./dna", "--reverse-complement", "--per-token", "--text", "ACGTT", "--json"))
+    assert row["log_likelihoods"] == pytest.approx(expected)
+    assert row["log_likelihood"] == pytest.approx(sum(expected))
+
+
+def test_score_writes_arrays(tmp_path):
+    path = tmp_path / "out.npz"
+    assert run("score", "./dna", "--npz", path, input=">a\nACG\n>a\nTT\n>b\nACG\n").stdout == ""
+    with np.load(path) as found:
+        assert found["names"].tolist() == ["a", "a", "b"]
+        assert found["lengths"].tolist() == [3, 2, 3]
+        expected = torch.cat([row[0] for row in fi.score(fi.load("./dna"), ["ACG", "TT", "ACG"])])
+        assert found["log_likelihoods"] == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_records_are_checked_before_any_is_scored():
+    result = run("score", "./dna", input=">a\nACG\n>b\nACG\nAXG\n", code=2)
+    assert result.stdout == ""
+    assert "stdin line 5, record 'b': character 'X' at index 1" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- embed
+
+
+@pytest.mark.parametrize("pool", ["none", "mean", "last"])
+def test_embed(tmp_path, pool):
+    texts = {"a": "ACGTT", "b": "ggn", "c": "ACGTA"}
+    fasta = "".join(f">{name}\r\n{text}\r\n" for name, text in texts.items())
+    found = fi.embed(fi.load("./dna"), list(texts.values()), layer=0, pool=pool)
+    expected = [row.reshape(-1, 8) for row in found]
+    arguments = ("embed", "./dna", "--layer", 0, "--pool", pool)
+    header, *lines = run(*arguments, input=fasta).stdout.splitlines()
+    assert header.split("\t")[:3] == ["record", "position" if pool == "none" else "tokens", "d0"]
+    shown = torch.tensor([[float(cell) for cell in line.split("\t")[2:]] for line in lines])
+    assert torch.equal(shown, torch.cat(expected))
+    numbers = [int(line.split("\t")[1]) for line in lines]
+    assert numbers == ([1, 2, 3, 4, 5, 1, 2, 3, 1, 2, 3, 4, 5] if pool == "none" else [5, 3, 5])
+    for row, vectors in zip(rows(run(*arguments, "--json", input=fasta)), expected, strict=True):
+        assert torch.equal(torch.tensor(row["embedding"]).reshape(-1, 8), vectors)
+    path = tmp_path / "out.npz"
+    run(*arguments, "--npz", path, input=fasta)
+    with np.load(path) as arrays:
+        assert arrays["names"].tolist() == list(texts)
+        assert arrays["lengths"].tolist() == [len(vectors) for vectors in expected]
+        assert np.array_equal(arrays["embeddings"], torch.cat(expected).numpy())
 
 
 # ------------------------------------------------------------------------------------------------------ verify, plan

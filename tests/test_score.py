@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_inference import LanguageModel, score
 from flash_inference.engine.score import score_chunks
-from flash_inference.errors import LengthError, NumericsError, TokenError
+from flash_inference.errors import LengthError, NumericsError, ShapeError, TokenError
 from flash_inference.testing import model_oracle, random_model
 
 EXACT = 1e-10
@@ -21,6 +21,11 @@ EXACT = 1e-10
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     return random_model(3, dtype=torch.float64, length=150, vocab_size=256)
+
+
+@pytest.fixture(scope="module")
+def dna() -> LanguageModel:
+    return random_model(dtype=torch.float64, length=80, vocab_size=16, tokens="dna", start_token=2)
 
 
 def full(model: LanguageModel, tokens: Tensor) -> Tensor:
@@ -74,6 +79,50 @@ def test_scores_are_the_log_probabilities_that_generation_gives(model: LanguageM
     assert (scores - made.logprobs).abs().max() <= EXACT
 
 
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), chunk=st.integers(1, 90))
+def test_ragged_rows_are_as_each_alone(model: LanguageModel, lengths: list[int], chunk: int) -> None:
+    rows = [torch.randint(256, (length,)) for length in lengths]
+    alone = [full(model, row[None])[0] for row in rows]
+    for got, expected in zip(score(model, rows, chunk=chunk), alone, strict=True):
+        assert (got.flatten() - expected).abs().max() <= EXACT
+    totals = score(model, rows, chunk=chunk, reduce="sum")
+    means = score(model, rows, chunk=chunk, reduce="mean")
+    assert totals.dtype == means.dtype == torch.float64
+    assert (totals - torch.stack([row.sum() for row in alone])).abs().max() <= EXACT
+    assert (means - torch.stack([row.mean() for row in alone])).abs().max() <= EXACT
+
+
+@given(texts=st.lists(st.text("ACGTNacgt", min_size=1, max_size=60), min_size=1, max_size=4), chunk=st.integers(1, 70))
+def test_both_strands(dna: LanguageModel, texts: list[str], chunk: int) -> None:
+    partner = dict(zip("ACGTN", "TGCAN", strict=True))
+    others = ["".join(partner[letter] for letter in reversed(text.upper())) for text in texts]
+    got = score(dna, texts, reverse_complement=True, chunk=chunk)
+    for row, text, other in zip(got, texts, others, strict=True):
+        forward, reverse = (full(dna, torch.tensor([[2, *dna.tokens.encode(x)]]))[0] for x in (text, other))
+        assert (row.flatten() - (forward + reverse.flip(0)) / 2).abs().max() <= EXACT
+    # Either strand may be the one that is given.
+    same = score(dna, others, reverse_complement=True, reduce="sum")
+    assert (score(dna, texts, reverse_complement=True, reduce="sum") - same).abs().max() <= EXACT
+
+
+def test_token_rows_have_another_strand_after_their_start_token(dna: LanguageModel) -> None:
+    ids = [2, *dna.tokens.encode("GATTACA")]
+    assert torch.equal(score(dna, [ids], reverse_complement=True), score(dna, "GATTACA", reverse_complement=True))
+    with pytest.raises(TokenError, match=r"begins with the letter G; .* Prepend 2, or give text"):
+        score(dna, [ids[1:]], reverse_complement=True)
+    with pytest.raises(TokenError, match=r"token id 1 at position 8 has no complement"):
+        score(dna, [[*ids, 1]], reverse_complement=True)
+
+
+def test_progress_counts_every_score(model: LanguageModel, dna: LanguageModel) -> None:
+    seen: list[int] = []
+    score(model, [[1] * 11] * 7 + [[2] * 31], chunk=33, progress=seen.append)
+    assert seen == [30, 30, 30, 10]
+    seen.clear()
+    score(dna, ["ACG", "T"], reverse_complement=True, progress=seen.append)
+    assert sum(seen) == 8
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
 def test_gradient_modes(mode: type) -> None:
     model = random_model(2, length=60).requires_grad_(True)
@@ -91,10 +140,23 @@ def test_gradient_modes(mode: type) -> None:
         (None, {}, LengthError, r"1 token was given"),
         ([[1, 2]], {"chunk": 0}, LengthError, r"chunk is 0; expected at least 1 position"),
         ([[1, 2]], {"chunk": -3}, LengthError, r"chunk is -3; expected at least 1 position"),
+        ([[1, 2], [3]], {}, LengthError, r"1 token was given"),
+        ([[1, 2]], {"reduce": "max"}, ShapeError, r"reduce is 'max'; expected one of none, sum, mean"),
+        ("ACGT", {"reverse_complement": True}, TokenError, r"tokens \(bytes\) have no complement"),
         ([[1, 256]], {}, TokenError, r"token id 256 at row 0, position 1 is outside the vocabulary"),
         ([[1] * 151], {}, LengthError, r"151 positions were given; the filter has 150 taps"),
     ],
-    ids=["one-token", "nothing", "chunk-0", "chunk-negative", "vocabulary", "too-long"],
+    ids=[
+        "one-token",
+        "nothing",
+        "chunk-0",
+        "chunk-negative",
+        "short-row",
+        "reduce",
+        "strands",
+        "vocabulary",
+        "too-long",
+    ],
 )
 def test_wrong_inputs(model: LanguageModel, tokens: object, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):

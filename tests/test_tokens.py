@@ -48,6 +48,12 @@ def test_dna_table_is_hyenadna():
     assert DNA.decode(DNA.letters) == "ACGT"
 
 
+def test_letters_pair():
+    assert BYTES.complement is None
+    assert DNA.decode(DNA.complement[token] for token in DNA.encode("ACGTN")) == "TGCAN"
+    assert {DNA.complement[token] for token in DNA.complement} == set(DNA.complement)
+
+
 @given(st.text("ACGTNacgtn"))
 def test_dna_round_trip_is_upper_case(text):
     tokens = DNA.encode(text)
