@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -10,8 +13,11 @@ import wave
 from pathlib import Path
 
 import pytest
+import torch
 
+from flash_inference import score
 from flash_inference.models.weights import shipped
+from flash_inference.testing import random_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOURCES = EXAMPLES.parent / "src"
@@ -70,6 +76,36 @@ def test_own_model() -> None:
     assert text.endswith("every letter is the forward's choice too: True\n")
 
 
-@pytest.mark.parametrize("name", ["generate", "score_dna", "stream_audio", "own_tiling", "own_model"])
+def test_variants() -> None:
+    need("tuberculosis")
+    header, *lines = run("variants").splitlines()
+    assert header.split("\t") == ["position", "ref", "alt", "log_likelihood_ratio"]
+    assert [line.split("\t")[0] for line in lines] == ["2000", "2000", "2000", "2901", "3333", "3400", "3700", "3950"]
+    assert all(math.isfinite(float(line.split("\t")[3])) for line in lines)
+
+
+def test_ratios_of_variants_are_those_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("variants")
+    model = random_model(dtype=torch.float64, length=200, vocab_size=16, tokens="dna", start_token=2)
+    reference = "".join(random.Random(0).choices("ACGT", k=150))
+    places = [1, 1, 2, 31, 32, 33, 64, 64, 100, 149, 150]
+    sizes = [(1, 1), (3, 1), (1, 4), (2, 2), (1, 1), (1, 9), (5, 1), (1, 1), (1, 33), (2, 1), (1, 1)]
+    variants = [
+        example.Variant(
+            place, reference[place - 1 : place - 1 + old], "".join(random.Random(place).choices("ACGT", k=new))
+        )
+        for place, (old, new) in zip(places, sizes, strict=True)
+    ]
+    changed = [reference[: at - 1] + alt + reference[at - 1 + len(ref) :] for at, ref, alt in variants]
+    base, *wholes = score(model, [reference, *changed], reduce="sum").tolist()
+    got = list(example.ratios(model, reference, variants))
+    assert max(abs(ratio - (whole - base)) for ratio, whole in zip(got, wholes, strict=True)) <= 1e-9
+
+
+NAMES = ["generate", "score_dna", "stream_audio", "own_tiling", "own_model", "variants"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_are_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LINES
