@@ -1,6 +1,7 @@
 """The command line: what it prints is what the library gives, and it fails in one line."""
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -180,6 +181,20 @@ def test_generate_dna_prints_fasta(tmp_path):
     assert max(len(line) for line in shown.splitlines() if line[0] != ">") == 70
     live = parse(Source.of_text("stdout", run(*settings, "--prompt", "ACGT ACGT").stdout))
     assert [record.text for record in live] == [records[0].text]
+
+
+def test_generate_reads_packed_fastq_and_repeated_names(tmp_path):
+    path = tmp_path / "reads.gz"
+    path.write_bytes(gzip.compress(b"@r 1\r\nacg\r\n+\r\n@@@\r\n@r 2\r\nTT\r\n+\r\n!!"))
+    model = fi.load("./dna")
+    expected = fi.generate(
+        model, ["ACG", "TT"], max_new_tokens=9, temperature=1.0, seed=5, allowed=model.tokens.letters
+    )
+    result = run("generate", "./dna", "--tokens", 9, "--seed", 5, "--fasta", path)
+    records = list(parse(Source.of_text("stdout", result.stdout)))
+    assert [record.name for record in records] == ["r_1", "r_1"]
+    assert [record.text for record in records] == [model.tokens.decode(row) for row in expected]
+    assert "line 5 repeats the name 'r'" in result.stderr
 
 
 def test_interrupted_json_keeps_what_was_made(monkeypatch):

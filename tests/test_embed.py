@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_inference import LanguageModel, embed
 from flash_inference.engine.verify import TIE
-from flash_inference.errors import LengthError, NumericsError, ShapeError, TokenError
+from flash_inference.errors import LengthError, NumericsError, SettingError, TokenError
 from flash_inference.testing import hidden_oracle, random_model
 from flash_inference.testing.strategies import chunks
 from flash_inference.tiling import Blocked, Prompted, Relaxed
@@ -148,9 +148,9 @@ def test_gradient_modes(mode: type) -> None:
 @pytest.mark.parametrize(
     ("tokens", "options", "error", "message"),
     [
-        ([[1, 2]], {"layer": 5}, LengthError, r"layer is 5; this model has 0 .* 1 \.\. 3 .* and -1"),
-        ([[1, 2]], {"layer": -6}, LengthError, r"layer is -6"),
-        ([[1, 2]], {"pool": "max"}, ShapeError, r"pool is 'max'; expected one of none, mean, last"),
+        ([[1, 2]], {"layer": 5}, SettingError, r"layer is 5; this model has 0 .* 1 \.\. 3 .* and -1"),
+        ([[1, 2]], {"layer": -6}, SettingError, r"layer is -6"),
+        ([[1, 2]], {"pool": "max"}, SettingError, r"pool is 'max'; expected one of none, mean, last"),
         ([[1, 2]], {"chunk": 0}, LengthError, r"chunk is 0; expected at least 1 position"),
         (["a", ""], {}, LengthError, r"row 1 is empty text; .* Remove it"),
         ([[1, 256]], {}, TokenError, r"token id 256 at row 0, position 1 is outside the vocabulary"),

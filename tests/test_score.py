@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_inference import LanguageModel, score
 from flash_inference.engine.score import score_chunks
-from flash_inference.errors import LengthError, NumericsError, ShapeError, TokenError
+from flash_inference.errors import LengthError, NumericsError, SettingError, TokenError
 from flash_inference.testing import model_oracle, random_model
 
 EXACT = 1e-10
@@ -141,7 +141,7 @@ def test_gradient_modes(mode: type) -> None:
         ([[1, 2]], {"chunk": 0}, LengthError, r"chunk is 0; expected at least 1 position"),
         ([[1, 2]], {"chunk": -3}, LengthError, r"chunk is -3; expected at least 1 position"),
         ([[1, 2], [3]], {}, LengthError, r"1 token was given"),
-        ([[1, 2]], {"reduce": "max"}, ShapeError, r"reduce is 'max'; expected one of none, sum, mean"),
+        ([[1, 2]], {"reduce": "max"}, SettingError, r"reduce is 'max'; expected one of none, sum, mean"),
         ("ACGT", {"reverse_complement": True}, TokenError, r"tokens \(bytes\) have no complement"),
         ([[1, 256]], {}, TokenError, r"token id 256 at row 0, position 1 is outside the vocabulary"),
         ([[1] * 151], {}, LengthError, r"151 positions were given; the filter has 150 taps"),

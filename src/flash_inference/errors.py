@@ -31,6 +31,10 @@ class SamplingError(FlashInferenceError, ValueError):
     """A sampling setting outside its range."""
 
 
+class SettingError(FlashInferenceError, ValueError):
+    """A setting of a task, such as a layer or a pooling, that there is none of."""
+
+
 class ModelError(FlashInferenceError, ValueError):
     """A model name, configuration or checkpoint that cannot become a model."""
 

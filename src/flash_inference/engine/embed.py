@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_inference.engine.plan import check_memory
 from flash_inference.engine.prompts import Prompt, as_rows, is_text
 from flash_inference.engine.ragged import CHUNK, batches, together
-from flash_inference.errors import LengthError, NumericsError, ShapeError
+from flash_inference.errors import LengthError, NumericsError, SettingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.tiling import Blocked
 
@@ -38,12 +38,12 @@ def embed(
     `chunk` positions are taken at once, over rows of one length together; the result does not depend on it. Memory
     beyond a batch's state and the result is that of one chunk. `progress` is called with the number of positions
     embedded since its last call. Cost: one pass over all layers, whichever is asked for.
-    Raises LengthError, TokenError, ShapeError, PlanError, NumericsError, all but the last two before any compute.
+    Raises SettingError, LengthError, TokenError and ShapeError before any compute, PlanError, NumericsError.
 
     >>> vectors = flash_inference.embed(model, ["ACGT", "GATTACA"], pool="mean")
     """
     if pool not in POOLS:
-        raise ShapeError(f"pool is {pool!r}; expected one of {', '.join(POOLS)}.")
+        raise SettingError(f"pool is {pool!r}; expected one of {', '.join(POOLS)}.")
     check_layer(model, layer)
     rows, skips = as_rows(model, tokens), [int(text) for text in is_text(tokens)]
     for index, (row, skip) in enumerate(zip(rows, skips, strict=True)):
@@ -80,10 +80,10 @@ def embed_chunks(
 
 
 def check_layer(model: LanguageModel, layer: int) -> None:
-    """Raises LengthError unless the model has such a layer."""
+    """Raises SettingError unless the model has such a layer."""
     layers = len(model.blocks)
     if not -layers - 2 <= layer <= layers + 1:
-        raise LengthError(
+        raise SettingError(
             f"layer is {layer}; this model has 0 (the embedding), 1 .. {layers} (its blocks) and -1 (after the final "
             "norm). Choose one of them."
         )

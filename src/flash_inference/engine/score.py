@@ -12,7 +12,7 @@ from flash_inference.engine.plan import check_memory
 from flash_inference.engine.prompts import Prompt, as_rows
 from flash_inference.engine.ragged import CHUNK, batches, together
 from flash_inference.engine.strands import mean_of_strands, other_strand
-from flash_inference.errors import LengthError, NumericsError, ShapeError
+from flash_inference.errors import LengthError, NumericsError, SettingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.tiling import Blocked
 
@@ -39,12 +39,12 @@ def score(
     `chunk` positions are taken at once, over rows of one length together; the result does not depend on it. Memory
     beyond a batch's state is that of one chunk. `progress` is called with the number of tokens scored since its last
     call. Cost: O(L log^2 L) a channel, one pass over the weights a chunk.
-    Raises LengthError, TokenError, ShapeError, PlanError, NumericsError, all but the last two before any compute.
+    Raises SettingError, LengthError, TokenError and ShapeError before any compute, PlanError, NumericsError.
 
     >>> bits = -flash_inference.score(model, "To be, or not to be").mean() / math.log(2)
     """
     if reduce not in REDUCTIONS:
-        raise ShapeError(f"reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}.")
+        raise SettingError(f"reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}.")
     rows = as_rows(model, tokens)
     forward = len(rows)
     if reverse_complement:
