@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +124,9 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_check_counts_and_tells_once_of_a_repeated_name(capsys: pytest.CaptureFixture[str]) -> None:
     survey = Records(Source.of_text("here", ">a\nAC\n>b\nA\n>a\nG\n>b\nT\n")).check(MODEL)
     assert (survey.records, survey.tokens) == (4, 5)
-    assert capsys.readouterr().err.splitlines() == ["note: here line 5 repeats the name 'a'; the order tells."]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: here line 5 repeats the name 'a'; results keep the order of the file."
+    ]
 
 
 def test_windows_hold_so_many_tokens() -> None:
@@ -139,6 +143,16 @@ def test_stdin_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         options = {"text": None, "text_option": "--text", "text_file": None, "fasta": None, "dash": "-"}
         found = gather(**options, dna=True)
         assert plain(list(found)) == plain(list(found)) == [("a", "ACGT"), ("b", "GATTACA")]
+
+
+def test_a_pipe_is_read_twice(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(gzip.compress(b">a\nACGT\n"),))
+    writer.start()
+    source = Source.of(str(path))
+    writer.join()
+    assert plain(list(parse(source))) == plain(list(parse(source))) == [("a", "ACGT")]
 
 
 def test_text_keeps_its_ends_and_dna_does_not() -> None:

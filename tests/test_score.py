@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -79,6 +79,7 @@ def test_scores_are_the_log_probabilities_that_generation_gives(model: LanguageM
     assert (scores - made.logprobs).abs().max() <= EXACT
 
 
+@settings(max_examples=8)
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), chunk=st.integers(1, 90))
 def test_ragged_rows_are_as_each_alone(model: LanguageModel, lengths: list[int], chunk: int) -> None:
     rows = [torch.randint(256, (length,)) for length in lengths]
@@ -92,6 +93,7 @@ def test_ragged_rows_are_as_each_alone(model: LanguageModel, lengths: list[int],
     assert (means - torch.stack([row.mean() for row in alone])).abs().max() <= EXACT
 
 
+@settings(max_examples=15)
 @given(texts=st.lists(st.text("ACGTNacgt", min_size=1, max_size=60), min_size=1, max_size=4), chunk=st.integers(1, 70))
 def test_both_strands(dna: LanguageModel, texts: list[str], chunk: int) -> None:
     partner = dict(zip("ACGTN", "TGCAN", strict=True))

@@ -71,7 +71,8 @@ class Records:
                 raise self.error(record, error) from None
             count, tokens = count + 1, tokens + len(row) - 1
             if record.name in names and not repeated:
-                note(f"note: {self.source.name} line {record.line} repeats the name {record.name!r}; the order tells.")
+                place = f"{self.source.name} line {record.line}"
+                note(f"note: {place} repeats the name {record.name!r}; results keep the order of the file.")
                 repeated = True
             names.add(record.name)
         return Survey(count, tokens)

@@ -17,7 +17,7 @@ from flash_inference.cli.console import CommandError
 STDIN = "-"
 GZIP = b"\x1f\x8b"
 SPOOL = 64 << 20
-"""Bytes of standard input that are held; more goes to a temporary file."""
+"""Bytes of a pipe that are held in memory; more goes to a temporary file."""
 
 
 class Source:
@@ -32,12 +32,10 @@ class Source:
     @classmethod
     def of(cls, path: str) -> Source:
         """The file at `path`, or standard input for "-". Raises OSError for a file that cannot be read."""
-        if path != STDIN:
-            with Path(path).open("rb"):
-                return cls(path)
-        spool = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        return cls("stdin", cast("BinaryIO", spool))
+        if path == STDIN:
+            return cls("stdin", _spooled(sys.stdin.buffer))
+        with Path(path).open("rb") as file:
+            return cls(path, None if Path(path).is_file() else _spooled(file))
 
     @classmethod
     def of_text(cls, name: str, text: str) -> Source:
@@ -82,8 +80,15 @@ class Source:
             yield from _unpacked(self._content)
 
 
+def _spooled(stream: BinaryIO) -> BinaryIO:
+    """What a pipe gives, kept so that it can be read again."""
+    spool = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115
+    shutil.copyfileobj(stream, spool)
+    return cast("BinaryIO", spool)
+
+
 def _unpacked(file: BinaryIO) -> Iterator[bytes]:
     packed = file.read(len(GZIP)) == GZIP
     file.seek(0)
     # An iterator: `yield from` would close the file itself when a reader stops early.
-    yield from iter((gzip.GzipFile(fileobj=file) if packed else file).readline, b"")
+    yield from iter((gzip.GzipFile(fileobj=file, mode="rb") if packed else file).readline, b"")

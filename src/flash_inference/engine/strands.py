@@ -20,19 +20,21 @@ def other_strand(model: LanguageModel, row: Tensor) -> Tensor:
             f"the model's tokens ({model.tokens.name}) have no complement; a reverse complement needs a table of DNA "
             "letters. Leave reverse_complement out."
         )
-    ids = [int(token) for token in row]
-    if ids[0] in complement:
+    partners = torch.full((model.config.vocab_size,), -1)
+    partners[list(complement)] = torch.tensor(list(complement.values()))
+    found = partners[row]
+    if found[0] >= 0:
         raise TokenError(
-            f"the row begins with the letter {model.tokens.decode(ids[:1])}; a reverse complement needs a start token, "
-            f"which stays first on both strands. Prepend {model.config.start_token}, or give text."
+            f"the row begins with the letter {model.tokens.decode([int(row[0])])}; a reverse complement needs a start "
+            f"token, which stays first on both strands. Prepend {model.config.start_token}, or give text."
         )
-    for place, token in enumerate(ids[1:], 1):
-        if token not in complement:
-            raise TokenError(
-                f"token id {token} at position {place} has no complement; expected letters after the start token. "
-                "Remove special tokens, or leave reverse_complement out."
-            )
-    return torch.tensor([ids[0], *(complement[token] for token in reversed(ids[1:]))])
+    if (found[1:] < 0).any():
+        place = 1 + int((found[1:] < 0).nonzero()[0])
+        raise TokenError(
+            f"token id {int(row[place])} at position {place} has no complement; expected letters after the start "
+            "token. Remove special tokens, or leave reverse_complement out."
+        )
+    return torch.cat([row[:1], found[1:].flip(0)])
 
 
 def mean_of_strands(forward: Tensor, reverse: Tensor) -> Tensor:
