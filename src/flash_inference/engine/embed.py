@@ -54,7 +54,8 @@ def embed(
         states = embed_chunks(model, torch.stack([rows[index] for index in batch]), layer, skips[batch[0]], chunk)
         if progress is not None:
             states = _told(states, progress)
-        for index, result in zip(batch, _pooled(states, pool), strict=True):
+        length = len(rows[batch[0]]) - skips[batch[0]]
+        for index, result in zip(batch, _pooled(states, pool, length), strict=True):
             results[index] = result
     return together(results) if pool == "none" else torch.stack(results)
 
@@ -89,10 +90,15 @@ def check_layer(model: LanguageModel, layer: int) -> None:
         )
 
 
-def _pooled(states: Iterator[Tensor], pool: Pool) -> Tensor:
+def _pooled(states: Iterator[Tensor], pool: Pool, length: int) -> Tensor:
     """[B, L, D] of chunks, or [B, D]: only what is asked for is kept."""
     if pool == "none":
-        return torch.cat(list(states), dim=1)
+        whole, done = torch.empty(0), 0
+        for x in states:
+            whole = whole if done else x.new_empty(x.shape[0], length, x.shape[2])
+            whole[:, done : done + x.shape[1]] = x
+            done += x.shape[1]
+        return whole
     total, count, last = torch.zeros(()), 0, torch.empty(0)
     for x in states:
         if x.shape[1]:

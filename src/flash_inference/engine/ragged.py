@@ -30,6 +30,8 @@ def batches(rows: Sequence[Tensor], chunk: int, kinds: Sequence[Hashable] = ()) 
 
 def together(results: Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Results [L_b, ..] of rows as one tensor [B, L, ..] if all have one length, else as a list of [1, L_b, ..]."""
+    if len(results) == 1:
+        return results[0][None]
     if len({len(result) for result in results}) == 1:
         return torch.stack(list(results))
     return [result[None] for result in results]
