@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from flash_inference.engine.adapt import LongPart, ShortPart, adapt
 from flash_inference.engine.embed import embed
 from flash_inference.engine.generate import Generation, generate, stream
 from flash_inference.engine.score import score
 from flash_inference.filters import ExplicitFilter, ImplicitFilter
-from flash_inference.mixers import LongConv, OnlineConvolution
+from flash_inference.mixers import LongConv, OnlineConvolution, ShortConv
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.weights import load, save
@@ -20,7 +21,11 @@ __all__ = [
     "ImplicitFilter",
     "LanguageModel",
     "LongConv",
+    "LongPart",
     "OnlineConvolution",
+    "ShortConv",
+    "ShortPart",
+    "adapt",
     "embed",
     "generate",
     "load",

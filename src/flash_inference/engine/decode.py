@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flash_inference.engine.payer import Payer
-from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.engine.payer import Payer, Stacked, Steps
+from flash_inference.models.decoder import Decoder
 from flash_inference.models.fused import unfused
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
 
@@ -47,7 +47,7 @@ def turn() -> int:
     return EVERY if cores() == 1 else EVERY_BESIDE
 
 
-def prefill(decoder: Decoder, state: ModelState, prompt: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
+def prefill(decoder: Steps, state: Any, prompt: Tensor, chunk: int = PREFILL_CHUNK) -> Tensor:
     """Reads a prompt [B, P], P >= 1, in chunks of bounded memory; returns the last position's logits [B, V]."""
     logits = decoder.extend(state, prompt[:, :chunk])
     for first in range(chunk, prompt.shape[1], chunk):
@@ -112,6 +112,20 @@ def decode(
         tiling = default_tiling(max(max_new_tokens - 1, 1), length)
     state = decoder.init(batch, tiling, dtype=dtype)
     device = decoder.model.embedding.weight.device
+    yield from run(decoder, state, prompt, choose, max_new_tokens=max_new_tokens, device=device, beside=beside)
+
+
+def run(
+    decoder: Steps,
+    state: Stacked,
+    prompt: Tensor,
+    choose: Choose,
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    beside: bool | None = None,
+) -> Iterator[Tensor]:
+    """The loop of `decode`, from an empty state on, for whatever has `extend` and a stack."""
     logits = prefill(decoder, state, prompt.to(device)).cpu()
     with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
         tokens = choose(logits)

@@ -6,14 +6,33 @@ import threading
 from collections import deque
 from queue import SimpleQueue
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.mixers.stack import StackState
 from flash_inference.tiling import Rectangle, Share
 
 WORTH = 256
 """Channels times rows from which a share outweighs handing it to another thread."""
+
+
+class Stacked(Protocol):
+    """A state whose long convolutions stand in one stack: None if there are none."""
+
+    @property
+    def stack(self) -> StackState | None: ...
+
+
+class Steps(Protocol):
+    """What the loop asks of a decoder: logits [B, V] behind the next tokens [B, N], and tiles to take and to apply."""
+
+    def extend(self, state: Any, tokens: Tensor, /) -> Tensor: ...
+
+    def take(self, state: Any, /) -> tuple[Rectangle | Share, ...]: ...
+
+    def apply(self, state: Any, tile: Rectangle | Share, /, *, staged: bool = True) -> None: ...
 
 
 class Payer:
@@ -27,7 +46,7 @@ class Payer:
     `waits` counts the steps that had to wait.
     """
 
-    def __init__(self, decoder: Decoder, state: ModelState, beside: bool) -> None:
+    def __init__(self, decoder: Steps, state: Stacked, beside: bool) -> None:
         self.decoder, self.state = decoder, state
         stack = state.stack
         self.beside = (
