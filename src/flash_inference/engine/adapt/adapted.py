@@ -1,4 +1,4 @@
-"""A module of someone else's, made ready to decode: its own forward on the new positions, its mixing in explicit state."""
+"""A module made ready to decode: its own forward on the new positions, what mixes along time in explicit state."""
 
 from __future__ import annotations
 
@@ -95,9 +95,10 @@ class Adapted:
         """
         if self.model.training:
             raise ModelError(f"{type(self.model).__name__} is in training mode. Call model.eval() first.")
-        outputs: list[Tensor] = []
-        for piece in tokens.split(self.stack.pieces(state.stack, tokens.shape[1]), dim=1):
-            outputs.append(self._piece(state, piece, observe))
+        outputs, done = list[Tensor](), 0
+        for size in self.stack.pieces(state.stack, tokens.shape[1]):
+            outputs.append(self._piece(state, tokens[:, done : done + size], observe))
+            done += size
         return torch.cat(outputs, dim=1) if every else outputs[-1][:, -1]
 
     def _piece(self, state: AdaptedState, tokens: Tensor, observe: Observe | None) -> Tensor:

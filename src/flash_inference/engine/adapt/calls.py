@@ -78,7 +78,10 @@ Call = LongCall | ShortCall
 
 
 def record(places: Sequence[Place], forward: Callable[[], Any], n: int) -> list[Call]:
-    """The calls that one forward over n positions makes, each with the filter that it used. Raises ModelError, FilterError, ShapeError."""
+    """The calls that one forward over n positions makes, each with the filter that it used.
+
+    Raises ModelError, FilterError, ShapeError.
+    """
     calls: list[Call] = []
 
     def see(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ def find_places(model: nn.Module, parts: Mapping[Key, Part]) -> list[Place]:
     A key is the name of a submodule, perhaps with * ("layers.*.conv"), or (module object, "function name").
     """
     places: list[Place] = []
-    names = {name: module for name, module in model.named_modules() if name}
+    names: dict[str, nn.Module] = submodules(model)
     for key, part in parts.items():
         if not isinstance(part, LongPart | ShortPart):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ModelError(
@@ -97,6 +97,12 @@ def find_places(model: nn.Module, parts: Mapping[Key, Part]) -> list[Place]:
     if not any(isinstance(place.part, LongPart) for place in places):
         raise ModelError("no part is a LongPart: there is no long convolution to tile. Name at least one.")
     return places
+
+
+def submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules by name, without the model itself."""
+    named = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    return {name: module for name, module in named if name}
 
 
 def _function(key: tuple[ModuleType, str], part: Part) -> Place:

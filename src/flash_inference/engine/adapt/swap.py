@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ SWAPPING = threading.RLock()
 
 
 @contextmanager
-def swapped(places: Sequence[Place], handler: Handler) -> Iterator[None]:
+def swapped(places: Sequence[Place], handler: Handler) -> Generator[None]:
     """While open, a call of any of the places on this thread goes to handler(place, args, kwargs).
 
     Other threads reach the originals, which are back in their places afterwards, whatever was raised.

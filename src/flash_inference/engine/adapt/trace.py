@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from flash_inference.engine.adapt.parts import submodules
 
 Seen = tuple[Tensor | None, Tensor]
 """The input and the output of a call."""
@@ -31,14 +33,17 @@ class Trace:
             self.counts[name] += 1
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, model: nn.Module) -> Generator[None]:
         """While open, every call of a submodule is seen."""
 
-        def hook(name: str) -> Callable[..., None]:
-            return lambda _module, args, kwargs, out: self.see(name, (args, list(kwargs.values())), out)
+        def hook(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+            def see(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+                self.see(name, (args, kwargs), out)
+
+            return see
 
         handles = [
-            module.register_forward_hook(hook(name), with_kwargs=True) for name, module in model.named_modules() if name
+            module.register_forward_hook(hook(name), with_kwargs=True) for name, module in submodules(model).items()
         ]
         try:
             yield

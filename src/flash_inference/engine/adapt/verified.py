@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from flash_inference.tiling import Blocked
 CHECKED = 256
 """Positions that are compared."""
 ROWS, BLOCK, SEED = 2, 16, 0
+NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 EXACT = 1e-9
 """What float64 runs may differ by, relative to the larger of 1 and the largest output."""
 
@@ -103,8 +104,8 @@ def _whole(adapted: Adapted, inputs: Tensor) -> Trace:
 
 def _pieces(adapted: Adapted, inputs: Tensor, sizes: Sequence[int]) -> list[Trace]:
     state, traces = adapted.init(len(inputs), Blocked(inputs.shape[1], block=BLOCK)), list[Trace]()
-    for piece in inputs.split(list(sizes), dim=1):
-        traces.append(_piece(adapted, state, piece))
+    for size in sizes:
+        traces.append(_piece(adapted, state, inputs[:, state.clock : state.clock + size]))
     return traces
 
 
@@ -206,13 +207,11 @@ class _Narrow(TorchDispatchMode):
     """Sees whether any operation gives floating-point numbers below float64."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):  # type: ignore[reportUnknownVariableType]
-            if isinstance(tensor, Tensor):
-                low = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
-                self.seen = self.seen or low
-        return out
+        out: Any = func(*args, **(kwargs or {}))
+        made = cast("Sequence[Any]", out) if isinstance(out, tuple | list) else (out,)
+        self.seen = self.seen or any(isinstance(x, Tensor) and x.dtype in NARROW for x in made)
+        return cast("Any", out)
