@@ -170,13 +170,13 @@ def test_paying_by_hand_is_the_same() -> None:
     [(PowerLaw(), TwiceRelaxed(9)), (AdaptiveConv(), Relaxed(9)), (AdaptiveConv(), Prompted(Relaxed(9), 3))],
 )
 def test_tilings_of_the_other_kind_are_refused(mixer: PowerLaw | AdaptiveConv, tiling: Tiling) -> None:
-    with pytest.raises(TilingError, match="has (parallelograms|rectangles).*[Uu]se"):
+    with pytest.raises(TilingError, match=r"has (parallelograms|rectangles).*[Uu]se"):
         mixer.init(1, tiling, WIDTH)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     mixer = PowerLaw()
-    with pytest.raises(LengthError, match="endless; .* Give the tiling a length"):
+    with pytest.raises(LengthError, match=r"endless; .* Give the tiling a length"):
         mixer.init(1, Relaxed(None, taps=8), WIDTH)
     past = mixer.init(2, Relaxed(9), WIDTH, like=inputs(1))
     with pytest.raises(LengthError, match="10 positions were given; the state holds 9"):
