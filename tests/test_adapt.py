@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import flash_inference as fi
+from flash_inference.engine import decode
 from flash_inference.errors import FilterError, FlashInferenceError, LengthError, ModelError, ShapeError, TokenError
 from flash_inference.testing import greedy_differences
 from flash_inference.tiling import Prompted, Relaxed, Separated, Spread
@@ -126,6 +127,14 @@ def test_any_split_under_any_tiling(tiling) -> None:
     for item in fast.due(state):
         fast.pay(state, item)
     assert state.clock == 159
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_tiles_are_paid_on_a_second_core_too(prompt: Tensor, beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "cores", lambda: 1 + beside)
+    model = ready(Model(Outsider(200)))
+    fast, tiling = fi.adapt(model, PARTS, length=LENGTH), Spread(Separated(LENGTH, 32, 16), 16)
+    assert recomputed(model, prompt, fast.generate(prompt, max_new_tokens=200, tiling=tiling))
 
 
 def test_sampling_is_shared(model: nn.Module, prompt: Tensor) -> None:

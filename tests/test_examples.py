@@ -76,6 +76,36 @@ def test_own_model() -> None:
     assert text.endswith("every letter is the forward's choice too: True\n")
 
 
+def test_own_layers() -> None:
+    text = run("own_layers")
+    assert text.endswith("every token is the forward's choice too: True\n")
+
+
+def test_adapt_module() -> None:
+    text = run("adapt_module")
+    assert "every token is that of the module's own forward: True\n" in text
+    assert re.search(r"^without the short convolution: .* '1\.short'.*no part names it", text, re.MULTILINE)
+
+
+def test_own_mixer() -> None:
+    text = run("own_mixer")
+    found = differences(text, r"difference to the direct sum (\S+)$")
+    assert len(found) == 4
+    assert max(found) < 1e-9
+    assert text.endswith("299 tiles instead of 44850 pairs\n")
+
+
+def test_changing_filter() -> None:
+    text = run("changing_filter")
+    assert differences(text, r"after 500 steps: (\S+)$")[0] < 1e-9
+    assert text.endswith("1956 tiles instead of 124750 pairs\n")
+
+
+def differences(text: str, pattern: str) -> list[float]:
+    """The numbers that a pattern finds, line by line."""
+    return [float(number) for number in re.findall(pattern, text, re.MULTILINE)]
+
+
 def test_variants() -> None:
     need("tuberculosis")
     header, *lines = run("variants").splitlines()
@@ -104,8 +134,9 @@ def test_ratios_of_variants_are_those_of_whole_sequences(monkeypatch: pytest.Mon
 
 
 NAMES = ["generate", "score_dna", "stream_audio", "own_tiling", "own_model", "variants"]
+OWN = ["own_layers", "adapt_module", "own_mixer", "changing_filter"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + OWN)
 def test_examples_are_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LINES
