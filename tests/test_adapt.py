@@ -277,6 +277,7 @@ def with_long(long: nn.Module) -> Model:
 
 NO_SHORT = {"layers.*.long": LONG, "layers.0.short": fi.ShortPart()}
 NO_SKIP = PARTS | {"layers.*.long": fi.LongPart(LONG.taps, layout="BDL")}
+HIDDEN = {"layers.0.long": LONG, "layers.1.long": NO_SKIP["layers.*.long"], "layers.*.short": fi.ShortPart()}
 REVERSED = PARTS | {"layers.*.long": fi.LongPart(lambda long: long.kernel[0].flip(1), "gain", "BDL")}
 WRONG = {
     "forgotten convolution": (Model, NO_SHORT, ModelError, r"'layers.1.short'.*same inputs.*no part names it"),
@@ -365,6 +366,16 @@ def test_runs_that_do_not_fit_are_refused(model: nn.Module, prompt: Tensor) -> N
         fast.generate(prompt, max_new_tokens=1, temperature=-1.0)
 
 
+def test_weights_that_hide_a_difference_are_no_proof() -> None:
+    model = ready(Model())
+    model.layers[1].outer.weight.zero_()
+    with pytest.raises(ModelError, match=r"'layers.1.long'.*whether skip"):
+        fi.adapt(model, HIDDEN, length=LENGTH)
+    model.layers[0].outer.weight.zero_()
+    with pytest.raises(ModelError, match=r"do not depend on earlier inputs.*[Ll]oad or train"):
+        fi.adapt(model, PARTS, length=LENGTH)
+
+
 def test_weights_that_changed_are_noticed(prompt: Tensor) -> None:
     model = ready(Model())
     fast = fi.adapt(model, PARTS, length=LENGTH)
@@ -424,7 +435,10 @@ class Narrow(Long):
 
 def test_modules_that_compute_in_float32_are_held_to_its_rounding(prompt: Tensor) -> None:
     model = ready(with_long(Narrow(9)))
-    assert recomputed(model, prompt, fi.adapt(model, PARTS, length=LENGTH).generate(prompt, max_new_tokens=60))
+    fast = fi.adapt(model, PARTS, length=LENGTH)
+    assert fast.tolerance == 4 * 256 * torch.finfo(torch.float32).eps
+    assert fi.adapt(ready(Model()), PARTS, length=LENGTH).tolerance == 1e-9
+    assert recomputed(model, prompt, fast.generate(prompt, max_new_tokens=60))
     with pytest.raises(ModelError, match=r"'layers.0.long'"):
         fi.adapt(model, NO_SKIP, length=LENGTH)
 

@@ -41,7 +41,8 @@ class Adapted:
 
     To extend by N positions the module's own forward runs on these N alone; the named parts, swapped for the time of
     the call, read and write explicit state. `init`, `extend`, `due`, `pay` are those of `Decoder`. The weights must
-    stay as they are: adapt again after training.
+    stay as they are: adapt again after training. `tolerance` is what the check allowed, relative to the largest output;
+    None before it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Adapted:
         longs = [call for call in self.calls if isinstance(call, LongCall)]
         self.stack = _stack(longs, length)
         self.device = next((p.device for p in model.parameters()), example.device)
+        self.tolerance: float | None = None
         self._version = _version(model)
 
     def init(self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None) -> AdaptedState:

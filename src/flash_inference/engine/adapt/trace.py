@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -68,10 +68,11 @@ class Difference:
 
 
 def first_difference(
-    whole: Trace, pieces: Sequence[Trace], sizes: Sequence[int], tolerance: float
+    whole: Trace, pieces: Sequence[Trace], sizes: Sequence[int], tolerance: float, named: Collection[str]
 ) -> Difference | None:
-    """Where a run over consecutive pieces first disagrees with the run over the whole; None if their logits agree.
+    """Where a run over consecutive pieces first disagrees with the run over the whole.
 
+    None if their logits agree and the outputs of `named` parts, which may be hidden behind weights that are zero.
     Outputs may differ by `tolerance` times the larger of 1 and the whole's largest output. Outputs without the batch
     axis, such as filters, do not count: what they change shows behind them.
     """
@@ -79,11 +80,12 @@ def first_difference(
     last = _compare((None, whole.logits), [(None, piece.logits) for piece in pieces], n, sizes, batch)
     assert last is not None
     allowed = tolerance * max(1.0, _largest(whole.logits))
-    if last.size <= allowed:
-        return None
-    end = Difference("", last.size, last.beyond(allowed), allowed, False, None)
+    good = last.size <= allowed
+    end = None if good else Difference("", last.size, last.beyond(allowed), allowed, False, None)
     previous = None
     for (name, call), seen in whole.seen.items():
+        if good and name not in named:
+            continue
         others = [piece.seen[name, call] for piece in pieces if (name, call) in piece.seen]
         found = _compare(seen, others, n, sizes, batch) if len(others) == len(pieces) else None
         if found is None:
@@ -95,7 +97,7 @@ def first_difference(
             agree = given <= tolerance * scale
             return Difference(name, found.size, found.beyond(allowed), allowed, agree, previous)
         previous = name
-    return replace(end, previous=previous)
+    return None if end is None else replace(end, previous=previous)
 
 
 @dataclass(frozen=True, slots=True)

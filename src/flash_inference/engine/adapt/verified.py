@@ -45,7 +45,8 @@ def adapt(
 
     The module's own forward is compared with itself over a prefix, and with runs in pieces and single steps, on a
     float64 copy, within 1e-9. Where the module computes in a lower precision all the same, or cannot be copied, the
-    bound is (calls) * n * eps: for every named call, a sum of n terms, each rounded.
+    bound is (calls) * n * eps: for every named call, a sum of n terms, each rounded. `tolerance` of the result tells
+    which it was.
     Raises ModelError, naming the first submodule that differs, and ShapeError, FilterError, LengthError.
 
     >>> fast = fi.adapt(model, {"layers.*.long": fi.LongPart(taps="filter")}, length=4096)
@@ -61,6 +62,7 @@ def adapt(
     adapted = Adapted(model, parts, length=length, example=inputs[:1], positions=positions)
     twin, tolerance = _twin(adapted, parts, inputs)
     compare(twin, _as(twin, inputs[:, :checked]), tolerance)
+    adapted.tolerance = tolerance
     return adapted
 
 
@@ -70,9 +72,11 @@ def compare(adapted: Adapted, inputs: Tensor, tolerance: float) -> None:
     name = type(adapted.model).__name__
     if not torch.isfinite(whole.logits).all():
         raise ModelError(f"the full forward of {name} gives outputs that are not finite. Check its weights.")
+    named = {place.name for place in adapted.places}
+    _check_dependence(adapted, inputs, whole, tolerance)
     prefix = 2 * n // 3
     if prefix:
-        before = first_difference(whole, [_whole(adapted, inputs[:, :prefix])], [prefix], tolerance)
+        before = first_difference(whole, [_whole(adapted, inputs[:, :prefix])], [prefix], tolerance, named)
         if before is not None:
             raise ModelError(
                 f"{name} cannot generate step by step: {_where(before)} when later inputs are cut off. It looks ahead, "
@@ -80,10 +84,26 @@ def compare(adapted: Adapted, inputs: Tensor, tolerance: float) -> None:
                 "norm over time. Make it causal."
             )
     sizes = _sizes(n)
-    difference = first_difference(whole, _pieces(adapted, inputs, sizes), sizes, tolerance)
+    difference = first_difference(whole, _pieces(adapted, inputs, sizes), sizes, tolerance, named)
     if difference is not None:
         raise ModelError(
             f"{name} in pieces is not {name} as a whole: {_where(difference)}. {_remedy(adapted, difference)}"
+        )
+
+
+def _check_dependence(adapted: Adapted, inputs: Tensor, whole: Trace, tolerance: float) -> None:
+    """Raises ModelError if outputs do not depend on what came before: then nothing could differ."""
+    cut = inputs.shape[1] // 3
+    other = torch.cat([inputs[:, :cut].flip(1), inputs[:, cut:]], dim=1)
+    change = (_whole(adapted, other).logits - whole.logits)[:, cut:].abs()
+    if (
+        cut > 1
+        and not torch.equal(other, inputs)
+        and float(change.max()) <= tolerance * float(whole.logits.abs().max())
+    ):
+        raise ModelError(
+            f"the outputs of {type(adapted.model).__name__} do not depend on earlier inputs, so a check would show "
+            "nothing. Are output weights zero, as some initialisations make them? Load or train the weights first."
         )
 
 
