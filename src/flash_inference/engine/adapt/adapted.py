@@ -215,11 +215,9 @@ class _Step:
         return out
 
     def _mix(self, call: LongCall, x: Tensor) -> Tensor:
-        stack, y = self.adapted.stack, call.lanes(x, self.n)
-        D = y.shape[2]
-        z = stack.mix(self.state.stack, self.longs, nn.functional.pad(y, (0, stack.width - D)))
+        z = self.adapted.stack.mix(self.state.stack, self.longs, call.lanes(x, self.n))
         self.longs += 1
-        return z[..., :D]
+        return z
 
     def finish(self) -> None:
         """Keeps the windows, now that the forward is through."""
@@ -254,16 +252,11 @@ def vocabulary(model: nn.Module) -> int | None:
 
 
 def _stack(longs: list[LongCall], length: int) -> Stack:
-    """All long convolutions side by side, channels padded with zeros to the widest, taps to the longest."""
-    width = max(len(call.taps) for call in longs)
+    """All long convolutions side by side, taps padded with zeros to the longest."""
     taps = min(length, max(call.taps.shape[1] for call in longs))
-    first = longs[0].taps
-    rho, skip = first.new_zeros(len(longs) * width, taps), first.new_zeros(len(longs) * width)
-    for m, call in enumerate(longs):
-        rows = slice(m * width, m * width + len(call.taps))
-        rho[rows, : call.taps.shape[1]] = call.taps[:, :taps]
-        skip[rows] = call.skip
-    return Stack(PreparedFilter(rho, own=True), width, skip)
+    rho = torch.cat([nn.functional.pad(call.taps[:, :taps], (0, max(taps - call.taps.shape[1], 0))) for call in longs])
+    widths = [len(call.taps) for call in longs]
+    return Stack(PreparedFilter(rho, own=True), widths, torch.cat([call.skip for call in longs]))
 
 
 def _version(model: nn.Module) -> tuple[tuple[int, int], ...]:
