@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 import flash_inference as fi
 from flash_inference.cli import app
 from flash_inference.errors import CheckpointError, ModelError
-from flash_inference.models.published import to_published
+from flash_inference.models.published import LAYOUTS, to_published
+from flash_inference.models.published.files import read_config, read_weights
+from flash_inference.models.published.layout import read
 
 HYENADNA, HF, SAFARI = CASES[0], CASES[4], CASES[7]
 
@@ -46,6 +49,26 @@ def test_state_beside_the_weights_is_passed_over_and_other_objects_are_not(tmp_p
     torch.save(weights | {"backbone.layers.0.mode": "fast"}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"backbone\.layers\.0\.mode is of type str, expected a tensor"):
         fi.load(tmp_path)
+
+
+def test_a_tensor_that_may_keep_float32_among_16_bits(tmp_path):
+    layout = next(layout for layout in LAYOUTS if layout.name == HYENADNA.layout)
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(HYENADNA, 20).items()}
+    times = "backbone.layers.0.mixer.filter_fn.pos_emb.t"
+    weights[times] = weights[times].float() + 1e-4
+    publish(tmp_path, HYENADNA, torch.bfloat16, length=20)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pos_emb\.t is torch\.float32, expected torch\.bfloat16 as most are"):
+        fi.load(tmp_path)
+    allowing = dataclasses.replace(
+        layout,
+        renames=lambda config, names: [
+            dataclasses.replace(rename, float32=rename.ours.endswith(".t")) for rename in layout.renames(config, names)
+        ],
+    )
+    model = read(allowing, read_config(tmp_path), read_weights(tmp_path))
+    assert torch.equal(model.blocks[0].mixer.filter.t, weights[times][0, :, 0])
+    assert model.blocks[0].mixer.in_proj.weight.dtype == torch.bfloat16
 
 
 def test_a_model_of_another_family_does_not_go_into_a_layout(tmp_path):

@@ -59,7 +59,8 @@ class Rename:
     """One tensor of ours and its published names; "{i}" in a name stands for every layer.
 
     The `published` names must all be there; those of `optional` may be; all must be equal. With none of the two,
-    `build` makes the tensor, since the family does not publish it.
+    `build` makes the tensor, since the family does not publish it. `float32` allows that dtype in a checkpoint whose
+    other tensors have 16 bits.
     """
 
     ours: str
@@ -67,6 +68,7 @@ class Rename:
     optional: tuple[str, ...] = ()
     view: View = AS_IS
     build: Callable[[], Tensor] | None = None
+    float32: bool = False
 
     def layers(self, count: int) -> list[Rename]:
         """This rename for each layer."""
@@ -183,7 +185,9 @@ def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[st
             tensor = got[name]
             if shape(tensor) != wanted:
                 faults.append(f"{name} is {shape(tensor)}, expected {wanted}")
-            elif tensor.dtype != dtype:
+            elif tensor.dtype != dtype and not (
+                rename.float32 and tensor.dtype == torch.float32 and dtype.itemsize < 4
+            ):
                 faults.append(f"{name} is {tensor.dtype}, expected {dtype} as most are")
             elif not torch.isfinite(tensor).all():
                 faults.append(f"{name} has NaN or infinity")
