@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from flash_inference.engine.decode import decoder_for
 from flash_inference.engine.plan import plan
 from flash_inference.engine.verify import verify
 from flash_inference.errors import CheckpointError, LengthError, ModelError
+from flash_inference.filters import SpectralFilter
 from flash_inference.mixers.mixer import Moment
-from flash_inference.models.block import Block, BlockPast, Convolutions
+from flash_inference.models.block import Block, BlockPast, Convolutions, common_stride
 from flash_inference.models.config import ModelConfig
 from flash_inference.models.decoder import Decoder
 from flash_inference.models.families import FAMILIES
@@ -269,6 +271,41 @@ def test_scores_do_not_depend_on_the_chunk(pattern: tuple[str, ...]) -> None:
     exact = model(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     for chunk in (1, 7, 4096):
         assert (score(model, tokens, chunk=chunk) - exact).abs().max() <= EXACT
+
+
+SPECTRAL = FilterConfig(kind="spectral", options={"count": 6})
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 37])
+def test_a_model_whose_filters_all_have_stride_2_pays_every_other_lag(prompt: int) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(HyenaConfig(31, 5, 2, LENGTH, order=3, filter=SPECTRAL, tied=False)).double().eval()
+    decoder = model.decoder()
+    assert decoder.stack is not None
+    assert decoder.stack.filter.stride == 2
+    assert decoder.stack.filter.rho.shape == (2 * 2 * 5, LENGTH // 2)
+    given_ = torch.randint(31, (2, prompt))
+    drawn = generate(model, given_, max_new_tokens=LENGTH - prompt, temperature=1.0, seed=0, logprobs=True)
+    full = model(torch.cat([given_, drawn.tokens], 1)[:, :-1])[:, prompt - 1 :].log_softmax(-1)
+    assert (full.gather(-1, drawn.tokens[..., None])[..., 0] - drawn.logprobs).abs().max() <= EXACT
+    made = plan(model, prompt=20, max_new_tokens=LENGTH - 20)
+    assert made.filters == 8 * 20 * (LENGTH // 2 + LENGTH // 2)
+
+
+def test_filters_of_several_strides_are_paid_at_every_lag() -> None:
+    strided, dense = SpectralFilter(4, 50, count=6), ExplicitFilter(3, 50)
+    groups = [Convolutions(strided, 2), Convolutions(dense, 3)]
+    assert [common_stride(some) for some in (groups, groups[:1], groups[1:], [])] == [1, 2, 1, 1]
+
+
+def test_settings_of_a_filter_reach_it_and_unknown_ones_are_refused() -> None:
+    config = HyenaConfig(31, 5, 1, 16, filter=FilterConfig(kind="squashed", options={"threshold": 0.25}))
+    assert LanguageModel(config).blocks[0].mixer.filter.threshold == 0.25
+    assert HyenaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ModelError, match=r"make no filter of kind 'squashed': .*'treshold'"):
+        LanguageModel(HyenaConfig(31, 5, 1, 16, filter=FilterConfig(kind="squashed", options={"treshold": 0.25})))
+    with pytest.raises(ModelError, match=r"are given for kind 'implicit', whose settings are the other fields"):
+        FilterConfig(options={"width": 3})
 
 
 def test_without_long_convolutions_any_tiling_will_do() -> None:

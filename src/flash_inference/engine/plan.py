@@ -12,6 +12,7 @@ import torch
 from flash_inference.engine.decode import PREFILL_CHUNK, default_tiling
 from flash_inference.errors import PlanError
 from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.block import common_stride
 from flash_inference.ops.causal_conv import good_size
 from flash_inference.ops.tile_conv import Choice, Impl
 from flash_inference.tiling import Cost, Prompted, Rectangle, Spread, Tile, Tiling, cost
@@ -71,13 +72,14 @@ def plan(
     tiling = default_tiling(max(max_new_tokens - 1, 1), prompt) if tiling is None else tiling
     size = 8 if model.embedding.weight.itemsize == 8 else 4
     length = prompt + max_new_tokens
-    channels = sum(group.filter.channels for block in model.blocks for group in block.convolutions)
+    groups = [group for block in model.blocks for group in block.convolutions]
+    channels, taps = sum(group.filter.channels for group in groups), -(-length // common_stride(groups))
     own = sum(mixer.past_bytes(length) for block in model.blocks for mixer in block.mixers)
     block = max(tiling.block, 32)
     rows = -(-prompt // block) * block + -(-max_new_tokens // block) * block
     state = batch * (size * channels * (rows + 2 * block) + own)
-    filters = size * channels * (length + min(length, 256))
-    budget = max(size * channels * length, 64 << 20)
+    filters = size * channels * (taps + min(taps, 256))
+    budget = max(size * channels * taps, 64 << 20)
     spectra = _spectra(tiling, length, channels, size, budget) if channels else 0
     workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * max(b.activations for b in model.blocks)
     return Plan(length, batch, tiling, layer_plans(model, length), state, filters, spectra, workspace)

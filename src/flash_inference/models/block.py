@@ -25,6 +25,17 @@ class Convolutions:
         """How many convolutions lie side by side in the filter's channels."""
         return self.filter.channels // self.width
 
+    @property
+    def stride(self) -> int:
+        """The filter's taps are zero at lags that this does not divide."""
+        return getattr(self.filter, "stride", 1)
+
+
+def common_stride(groups: Sequence[Convolutions]) -> int:
+    """The stride of filters that lie side by side: theirs if all have the same, else 1."""
+    strides = {group.stride for group in groups}
+    return strides.pop() if len(strides) == 1 else 1
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPast:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_inference.errors import LengthError
 from flash_inference.mixers.mixer import Moment, clone, tensors
 from flash_inference.mixers.stack import Stack, StackState
-from flash_inference.models.block import BlockPast, Convolutions
+from flash_inference.models.block import BlockPast, Convolutions, common_stride
 from flash_inference.models.fused import fused_step, pack_short
 from flash_inference.ops.decode_step import BoundStep
 from flash_inference.ops.memory import roomy_zeros
@@ -227,7 +227,8 @@ def _stack(groups: Sequence[Convolutions], length: int, spectra_bytes: int | Non
         rho = _evaluate(groups, length)
         skips = [rho.new_zeros(g.filter.channels) if g.skip is None else g.skip.detach().to(rho) for g in groups]
     widths = [group.width for group in groups for _ in range(group.count)]
-    return Stack(PreparedFilter(rho, spectra_bytes, own=True), widths, torch.cat(skips))
+    filter = PreparedFilter(rho, spectra_bytes, own=True, stride=common_stride(groups))
+    return Stack(filter, widths, torch.cat(skips))
 
 
 def _evaluate(groups: Sequence[Convolutions], length: int) -> Tensor:

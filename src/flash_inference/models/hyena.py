@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_inference.errors import ModelError
-from flash_inference.filters import FILTERS
+from flash_inference.filters import FILTERS, Filter
 from flash_inference.mixers.short_conv import ShortConv
 from flash_inference.models.block import Block, BlockPast, Convolutions
 from flash_inference.models.config import ModelConfig
@@ -21,7 +21,11 @@ from flash_inference.ops.causal_conv import causal_conv
 
 @dataclass(frozen=True, slots=True)
 class FilterConfig:
-    """How a layer's filter is given: `kind` "implicit" (sine MLP and window) or "explicit" (one number per tap)."""
+    """How a layer's filter is given: `kind` names a class of `filters.FILTERS`.
+
+    The fields are the settings of kind "implicit" (sine MLP and window). `options` are those of any other kind, by the
+    names of its class's arguments: FilterConfig("squashed", options={"threshold": 0.2}). Raises ModelError.
+    """
 
     kind: str = "implicit"
     width: int = 64
@@ -33,12 +37,31 @@ class FilterConfig:
     fast_decay: float = 0.3
     slow_decay: float = 1.5
     positions: str = "rebuilt"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in FILTERS:
+            raise ModelError(f"filter kind {self.kind!r} is unknown; expected one of {', '.join(FILTERS)}.")
+        if self.options and self.kind == "implicit":
+            raise ModelError(
+                f"options {self.options} are given for kind 'implicit', whose settings are the other fields."
+            )
 
     def settings(self) -> dict[str, Any]:
         """The arguments that the filter class of this kind takes."""
         values = dataclasses.asdict(self)
-        kind = values.pop("kind")
-        return values if kind == "implicit" else {}
+        kind, options = values.pop("kind"), values.pop("options")
+        return values if kind == "implicit" else options
+
+    def build(self, channels: int, length: int) -> Filter:
+        """The filter, with fresh weights."""
+        try:
+            return FILTERS[self.kind](channels, length, **self.settings())
+        except TypeError as error:
+            raise ModelError(
+                f"options {self.options} make no filter of kind {self.kind!r}: {error}. Compare with the arguments of "
+                f"{FILTERS[self.kind].__name__}."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +106,10 @@ class Hyena(nn.Module):
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()
         D, N = config.width, config.order
-        if config.filter.kind not in FILTERS:
-            raise ModelError(f"filter kind {config.filter.kind!r} is unknown; expected one of {', '.join(FILTERS)}.")
         self.width, self.order = D, N
         self.in_proj = nn.Linear(D, (N + 1) * D)
         self.short = ShortConv((N + 1) * D, config.short_taps)
-        self.filter = FILTERS[config.filter.kind]((N - 1) * D, config.length, **config.filter.settings())
+        self.filter = config.filter.build((N - 1) * D, config.length)
         self.skip = nn.Parameter(torch.randn((N - 1) * D))
         self.out_proj = nn.Linear(D, D)
 
