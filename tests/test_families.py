@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from flash_inference.engine.decode import decoder_for
 from flash_inference.engine.plan import plan
 from flash_inference.engine.verify import verify
 from flash_inference.errors import CheckpointError, LengthError, ModelError
-from flash_inference.filters import SpectralFilter
+from flash_inference.filters import ModalFilter, SpectralFilter
+from flash_inference.mixers import FIR, Attention, AttentionConfig, ModalConv, Rotary
 from flash_inference.mixers.mixer import Moment
 from flash_inference.models.block import Block, BlockPast, Convolutions, common_stride
 from flash_inference.models.config import ModelConfig
@@ -102,12 +103,12 @@ class Mean(nn.Module):
 class Own(Block):
     """x + out(mixer(x)): a block without a long convolution."""
 
-    def __init__(self, mixer: Leaky | Mean, width: int) -> None:
+    def __init__(self, mixer: Any, width: int) -> None:
         super().__init__()
         self.own, self.out = mixer, nn.Linear(width, width)
 
     @property
-    def mixers(self) -> Sequence[Leaky | Mean]:
+    def mixers(self) -> Sequence[Any]:
         return (self.own,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,6 +157,10 @@ class ToyConfig(ModelConfig):
         make = {
             "leaky": lambda: Own(Leaky(self.width), self.width),
             "mean": lambda: Own(Mean(self.width), self.width),
+            "modal": lambda: Own(ModalConv(self.width, ModalFilter(self.width, self.length, modes=3)), self.width),
+            "fir": lambda: Own(FIR(self.width, 4, order="convolution", skip=True), self.width),
+            "cache": lambda: Own(Attention(AttentionConfig(self.width, 2, head_width=4, rotary=Rotary())), self.width),
+            "window": lambda: Own(Attention(AttentionConfig(self.width, 1, window=16)), self.width),
             "wide": lambda: Wide(self.width, self.length // 3),
             "hyena": lambda: HyenaBlock(hyena),
         }
@@ -169,6 +174,7 @@ PATTERNS = {
     "mixers-alone": ("leaky", "mean"),
     "among-hyena": ("leaky", "hyena", "mean", "hyena"),
     "widths": ("wide", "hyena", "leaky", "wide"),
+    "every-mixer": ("modal", "hyena", "cache", "fir", "window"),
 }
 patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 
@@ -179,7 +185,7 @@ def toy(pattern: Sequence[str]) -> LanguageModel:
     config = ToyConfig(31, 5, len(pattern), LENGTH, pattern=tuple(pattern), tied=False)
     model = LanguageModel(config).double().eval().requires_grad_(False)
     for name, weight in model.named_parameters():
-        if "rho" not in name and "decay" not in name:
+        if not any(part in name for part in ("rho", "decay", "poles")):
             scale = 1.0 if weight.ndim < 2 else weight.shape[-1] ** -0.5
             weight.copy_(scale * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
     model.embedding.weight.mul_(3)
@@ -327,6 +333,7 @@ def test_the_plan_tells_how_each_part_decodes_and_what_it_keeps(pattern: tuple[s
     model = MODELS[pattern]
     made = plan(model, prompt=20, max_new_tokens=60, batch=3)
     ways = {"leaky": ["recurrence"], "mean": ["KV cache"], "wide": ["tiles"], "hyena": ["tiles", "FIR ring"]}
+    ways |= {"modal": ["recurrence"], "fir": ["FIR ring"], "cache": ["KV cache"], "window": ["KV cache"]}
     assert [(layer.block, layer.decodes) for layer in made.layers] == [
         (number, way) for number, kind in enumerate(pattern) for way in ways[kind]
     ]
