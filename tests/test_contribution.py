@@ -12,7 +12,7 @@ from flash_inference.errors import LengthError, ShapeError, StateError, TilingEr
 from flash_inference.mixers import AdaptiveConv, Contribution, TiledPast
 from flash_inference.mixers.tiled import Tiled
 from flash_inference.testing.strategies import KINDS, chunks, lengths, tilings
-from flash_inference.tiling import Blocked, Prompted, Relaxed, Tiling, TwiceRelaxed
+from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling, TwiceRelaxed
 
 WIDTH = 3
 
@@ -93,6 +93,19 @@ def test_every_split_equals_the_double_sum(mixer: type, oracle, data: st.DataObj
     z = run(mixer(), past, y, data.draw(chunks(length)))
     torch.testing.assert_close(z, oracle(y), rtol=0, atol=1e-9)
     torch.testing.assert_close(mixer().forward(y), oracle(y), rtol=0, atol=1e-9)
+
+
+@mixers
+def test_a_chunk_may_begin_and_end_amid_the_shares_of_a_tile(mixer: type, oracle) -> None:
+    length = 21
+    y = inputs(length)
+    expected = oracle(y)
+    for start in range(1, length):
+        for n in (2, 4, 7):
+            n = min(n, length - start)
+            past = mixer().init(2, Spread(Separated(length, 4, 1), every=2), WIDTH, like=y)
+            z = run(mixer(), past, y, [1] * start + [n] + [1] * (length - start - n))
+            torch.testing.assert_close(z, expected, rtol=0, atol=1e-9)
 
 
 def test_the_routine_is_called_for_few_large_blocks() -> None:

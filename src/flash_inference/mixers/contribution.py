@@ -19,7 +19,7 @@ class Contribution(Tiled, ABC):
     contributes to each of a block of later targets. It must look at the sources' inputs only (query-independent). Its
     cost over the tiles is the cost of decoding: a routine of cost O((S + T) log(S + T)) makes L positions cost
     O(L log^2 L). `sum_shape` is the shape of one contribution, `nothing` the value that `agg` leaves as it is.
-    Every tiling of rectangles serves; a Share is some of a tile's targets here. Positions are absolute, so that
+    Every tiling of rectangles serves; a Share is some of a tile's sources here. Positions are absolute, so that
     contributions may depend on them.
     Source: Oncescu et al. (2024), arXiv 2410.12982, section 4.
     """
@@ -61,9 +61,10 @@ class Contribution(Tiled, ABC):
     def apply(self, past: TiledPast, item: Item) -> None:
         """Adds what an item's sources contribute to its targets."""
         if isinstance(item, Share):
-            targets = item.tile.targets
-            part = item.channels(len(targets))
-            item = Rectangle(item.tile.sources, targets[part.start : part.stop])
+            # A chunk may clip the targets of a tile whose first shares are paid, but never its sources.
+            sources = item.tile.sources
+            part = item.channels(len(sources))
+            item = Rectangle(sources[part.start : part.stop], item.tile.targets)
         assert isinstance(item, Rectangle)
         s, t = item.sources, item.targets
         if s and t:
