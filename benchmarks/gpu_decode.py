@@ -46,13 +46,16 @@ def big_model(
 
 
 @torch.no_grad()
-def against_float64(model: LanguageModel, loop: GpuLoop, tokens: Tensor, piece: int = 8192) -> dict[str, object]:
+def against_float64(
+    model: LanguageModel, loop: GpuLoop, tokens: Tensor, piece: int = 8192, prompt: Tensor = PROMPT, row: int = 0
+) -> dict[str, object]:
     """The float64 forward over prompt and tokens: the worst layer's error of the mixers' inputs, and the tokens."""
     run, D = loop.run, model.config.width
-    ids = torch.cat([PROMPT.to(tokens), tokens[:-1]]).to(run.history.device)
+    history = run.history.unflatten(1, (-1, run.batch))[..., row]
+    ids = torch.cat([prompt.to(tokens), tokens[:-1]]).to(run.history.device)
     L = len(ids)
     x = model.embedding.weight.double()[ids]
-    lane, worst, P = 0, 0.0, len(PROMPT)
+    lane, worst, P = 0, 0.0, len(prompt)
     for block in model.blocks:
         mixer = block.mixer
         short = mixer.short.weight.double()[:, 0]
@@ -75,7 +78,7 @@ def against_float64(model: LanguageModel, loop: GpuLoop, tokens: Tensor, piece: 
             rho = double_taps(mixer.filter, L, slice(c, c + width))
             z = torch.fft.irfft(torch.fft.rfft(y.T.contiguous(), n=n) * torch.fft.rfft(rho, n=n), n=n)[:, :L].T
             out[:, c : c + width] = part[0] * (z + mixer.skip.double()[c : c + width] * y)
-            got = run.history[run.lead - P : run.lead - P + L, lane + c : lane + c + width].double()
+            got = history[run.lead - P : run.lead - P + L, lane + c : lane + c + width].double()
             worst = max(worst, float((got - y).norm() / y.norm()))
         for i in range(0, L, piece):
             h = x[i : i + piece] + linear(mixer.out_proj, out[i : i + piece])

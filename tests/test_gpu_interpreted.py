@@ -24,6 +24,7 @@ from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # 
 from flash_inference.errors import LengthError, NumericsError, TilingError  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
+from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
 from flash_inference.testing import (  # noqa: E402
@@ -313,7 +314,7 @@ def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
     bound = tolerance(wide, tokens[None], exact)
     assert (loop.logits - exact[0]).abs().max() <= bound
     for i in range(1, 4):
-        assert (loop.advance(int(tokens[i])) - exact[i]).abs().max() <= bound
+        assert (loop.advance(tokens[i : i + 1])[0] - exact[i]).abs().max() <= bound
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -403,7 +404,7 @@ def test_one_new_token_needs_no_step() -> None:
 def test_nan_weights() -> None:
     model = model_of()
     model.blocks[0].mlp.fc2.weight[0, 0] = NAN
-    with pytest.raises(NumericsError, match="the logits after the prompt are not finite"):
+    with pytest.raises(NumericsError, match="the logits after the prompt of row 0 are not finite"):
         GpuLoop(GpuDecoder(model, 32, near=16), torch.tensor([1]), 3)
 
 
@@ -557,3 +558,89 @@ def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
     host = Sampler(Sampling(**settings), 1, 29, seen=prompt)
     logits = model(torch.cat([prompt[0], torch.tensor(penalised)])[None, :-1])[0, 3:]
     assert [int(host(row[None])) for row in logits] == penalised != best
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+SMALL = BatchShapes(
+    mix=(16, 2, 16), out=(16, 2, 16), fc1=(32, 2, 16), fc2=(16, 2, 16), head=(32, 2, 16), batch=4, head_batch=4
+)
+
+
+def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "filter" not in name:
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("order", "width", "batch"), [(2, 10, 3), pytest.param(3, 20, 5, marks=slow)])
+def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool) -> None:
+    model = random_model(order, vocab_size=29, width=width, layers=2, length=40)
+    model = exact_in_bfloat16(model) if short else model
+    decoder = GpuDecoder(model, 40, near=16, batch=batch, batch_shapes=SMALL)
+    tokens = torch.randint(29, (batch, 8))
+    loop = GpuLoop(decoder, tokens[:, :3], 8)
+    assert isinstance(loop.step, GpuBatchStep)
+    exact = exact_model(model)(tokens)
+    for place in range(3, 8):
+        logits = loop.advance(tokens[:, place])
+        for row in range(batch):
+            bound = tolerance(model, tokens[row, None], exact[row])
+            assert (logits[row] - exact[row, place]).abs().max() <= bound + MORE * exact[row, place].abs().max()
+
+
+MORE = 2.0**-18
+"""Two tf32 numbers leave 2^-21 of every term; a step adds up what its products leave."""
+
+
+@slow
+@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+def test_ragged_rows_on_one_clock(latency: str) -> None:
+    model = exact_in_bfloat16(random_model(2, vocab_size=29, width=10, layers=2, length=90))
+    prompts = [torch.randint(29, (n,)) for n in (5, 1, 18)]
+    decoder = GpuDecoder(model, 90, near=16, batch=3, batch_shapes=SMALL, latency=latency)
+    rows = torch.stack([torch.tensor(tokens) for tokens in GpuLoop(decoder, prompts, 66)], dim=1)
+    for prompt, tokens in zip(prompts, rows, strict=True):
+        check_greedy(model, prompt, tokens, 4)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_tiles_of_a_batch_share_their_filter(batch: int) -> None:
+    history, rho = torch.randn(40, 5 * batch), torch.randn(33, 5)
+    alone = [history.unflatten(1, (5, batch))[..., row].contiguous() for row in range(batch)]
+    tile_rows(history, rho, range(3, 19), range(19, 35), torch.tensor([0]), batch)
+    fft = TileFFT(
+        16, lambda first, stop, lanes: torch.nn.functional.pad(rho.T[lanes.start : lanes.stop], (0, 31))[:, first:stop]
+    )
+    fft.pay(history, 19, 1, range(19, 35), range(1, 4), batch)
+    for row, one in enumerate(alone):
+        tile_rows(one, rho, range(3, 19), range(19, 35), torch.tensor([0]))
+        fft.pay(one, 19, 1, range(19, 35), range(1, 4))
+        assert torch.equal(history.unflatten(1, (5, batch))[..., row], one)
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_row_that_stops_being_finite_is_named(value: float) -> None:
+    model = random_model(2, vocab_size=29, width=10, layers=1, length=40)
+    prompts = torch.randint(1, 20, (2, 3))
+    decoder = GpuDecoder(model, 40, near=16, batch=2, batch_shapes=SMALL)
+    loop = GpuLoop(decoder, prompts, 6)
+    loop.step.start(torch.stack([torch.randn(10), torch.full((10,), value)]))
+    with pytest.raises(NumericsError, match="row 1"):
+        list(loop)
+
+
+def test_rows_that_share_a_prompt_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(2, vocab_size=29, width=10, layers=1, length=40)
+    decoder, read = GpuDecoder(model, 40, near=16, batch=3, batch_shapes=SMALL), []
+    prefill = GpuDecoder.prefill
+    monkeypatch.setattr(GpuDecoder, "prefill", lambda *args: read.append(args[-1]) or prefill(*args))
+    one, two = torch.tensor([3, 1, 4]), torch.tensor([1, 5])
+    loop = GpuLoop(decoder, [one, two, one], 4)
+    assert read == [0, 1]
+    assert torch.equal(loop.run.history[:, ::3], loop.run.history[:, 2::3])
+    rows = torch.stack([torch.tensor(tokens) for tokens in loop], dim=1)
+    assert torch.equal(rows[0], rows[2])

@@ -116,6 +116,41 @@ def test_short_taps_and_tied_heads(taps: int, tied: bool) -> None:
     check_greedy(model, prompt, run(GpuDecoder(model, 1100), prompt, 1000))
 
 
+@torch.no_grad()
+def rows_of(decoder: GpuDecoder, prompts: list[Tensor], new: int) -> list[Tensor]:
+    return list(torch.stack([torch.tensor(tokens) for tokens in GpuLoop(decoder, prompts, new)], dim=1))
+
+
+@pytest.mark.parametrize("batch", [2, 7, 8, 17, 32, 40, 64])
+@pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
+def test_batches_of_ragged_rows(batch: int, short: bool) -> None:
+    model = gpu_model(2 if batch % 2 else 3, width=200, short=short)
+    prompts = [prompt_of(1 + 13 * row % 40) for row in range(batch)]
+    decoder = GpuDecoder(model, 1500, batch=batch)
+    for prompt, tokens in zip(prompts, rows_of(decoder, prompts, 1400), strict=True):
+        check_greedy(model, prompt, tokens)
+
+
+@pytest.mark.parametrize("width", [768, 1536])
+def test_batches_of_wide_models(width: int) -> None:
+    model, prompts = gpu_model(width=width, length=2048, short=True), [prompt_of(5) for _ in range(9)]
+    for prompt, tokens in zip(prompts, rows_of(GpuDecoder(model, 900, batch=9), prompts, 800), strict=True):
+        check_greedy(model, prompt, tokens)
+
+
+def test_a_long_batch_pays_every_tile() -> None:
+    model, prompts = gpu_model(width=128, length=8400), [prompt_of(3), prompt_of(150)]
+    decoder = GpuDecoder(model, 8400, batch=2)
+    for prompt, tokens in zip(prompts, rows_of(decoder, prompts, 8192), strict=True):
+        check_greedy(model, prompt, tokens)
+
+
+def test_a_batch_reads_nothing_before_it_is_written(nan_memory: None) -> None:
+    model, prompts = gpu_model(3), [prompt_of(9), prompt_of(20)]
+    for prompt, tokens in zip(prompts, rows_of(GpuDecoder(model, 700, batch=2), prompts, 600), strict=True):
+        check_greedy(model, prompt, tokens)
+
+
 def test_nothing_is_read_before_it_is_written(nan_memory: None) -> None:
     model, prompt = gpu_model(3), prompt_of(9)
     check_greedy(model, prompt, run(GpuDecoder(model, 2100), prompt, 2000))

@@ -67,8 +67,10 @@ def best_device() -> tuple[str, str | None]:
     return ("cuda", None) if reason is None else ("cpu", f"the GPU is not used: {reason}")
 
 
-def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None) -> Decoder | GpuDecoder:
-    """The model made ready for `length` positions: with the GPU's kernels where it is on one that has them.
+def decoder_for(
+    model: LanguageModel, length: int, tiling: Tiling | None = None, batch: int = 1
+) -> Decoder | GpuDecoder:
+    """The model made ready for `batch` sequences of `length` positions, with the GPU's kernels where it is on one.
 
     Where the GPU lacks them, or they do not know the model, a warning says why, and PyTorch's operations run instead.
     """
@@ -81,7 +83,7 @@ def decoder_for(model: LanguageModel, length: int, tiling: Tiling | None = None)
         else:
             reason = gpu.unusable(model.embedding.weight) or unfused(model)
             if reason is None:
-                return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded")
+                return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded", batch)
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
     return model.decoder(length)
 

@@ -137,7 +137,7 @@ def _steps(
     stops = Stops(model, prompt.shape[0], stop_tokens, stop)
     check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
     check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
-    decoder = decoder_for(model, prompt.shape[1] + max_new_tokens, tiling)
+    decoder = decoder_for(model, prompt.shape[1] + max_new_tokens, tiling, len(prompt))
 
     def run() -> Iterator[Step]:
         chances: list[Tensor | None] = [None]
@@ -149,7 +149,7 @@ def _steps(
             return stops.fill(tokens)
 
         source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling)
-        if not isinstance(decoder, Decoder) and len(prompt) == 1 and not logprobs:
+        if not isinstance(decoder, Decoder) and not logprobs:
             from flash_inference.engine.graphs import stream_gpu
 
             source = stream_gpu(decoder, prompt, sampler, max_new_tokens, tiling)

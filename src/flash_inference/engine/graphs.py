@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,32 +24,40 @@ AHEAD = 8
 
 
 class GpuLoop:
-    """One sequence in flight: iterate over its tokens, or give each one by `advance`.
+    """Sequences in flight: iterate over their tokens, or give each by `advance`.
 
-    `draw` makes a token [1] from logits [V] on the device, in what a graph can capture; None takes the largest.
-    `mixing=False` leaves the tiles out: the same work without them, for measurements. `schedule.forced` counts chunks
-    that ran only because they were due.
+    prompt [P] is one sequence, whose tokens are ints; prompts [B, P], or a list of B rows of any lengths, are a batch
+    on one clock, whose tokens are arrays [B]. `draw` makes tokens [B] from logits [B, V] on the device, in what a graph
+    can capture; None takes the largest. `mixing=False` leaves the tiles out: the same work without them, for
+    measurements. `schedule.forced` counts chunks that ran only because they were due.
     """
 
     def __init__(
-        self, decoder: GpuDecoder, prompt: Tensor, new: int, *, graphs: bool = True, mixing: bool = True,
-        draw: Callable[[Tensor], Tensor] | None = None, generator: torch.Generator | None = None,
+        self, decoder: GpuDecoder, prompt: Tensor | list[Tensor], new: int, *, graphs: bool = True, mixing: bool = True,
+        draw: Callable[[Tensor], Tensor] | None = None, generators: Sequence[torch.Generator] = (),
     ) -> None:  # fmt: skip
-        if len(prompt) + new - 1 > decoder.length:
+        self.single = isinstance(prompt, Tensor) and prompt.ndim == 1
+        prompts: list[Tensor] = [prompt] if isinstance(prompt, Tensor) and self.single else list(prompt)
+        longest, self.batch = max(len(row) for row in prompts), len(prompts)
+        if longest + new - 1 > decoder.length:
             raise LengthError(
-                f"a prompt of {len(prompt)} and {new} new tokens need {len(prompt) + new - 1} positions; "
+                f"a prompt of {longest} and {new} new tokens need {longest + new - 1} positions; "
                 f"the decoder has {decoder.length}. Shorten the prompt, or ask for fewer new tokens."
             )
         self.decoder, self.new, self.graphs, self.mixing = decoder, new, graphs, mixing
         self.device = decoder.device
-        self.run = decoder.init(len(prompt), max(new - 1, 1))
-        logits = decoder.prefill(self.run, prompt.to(self.device))
-        if not torch.isfinite(logits.max()):
-            raise NumericsError("the logits after the prompt are not finite. Check the weights and the filter.")
-        self.step, self.draw, self.generator = decoder.step.fork(), draw, generator
-        self.logits = logits
-        self.first = int(logits.argmax() if draw is None else draw(logits))
-        self._embed(self.first)
+        self.step, self.draw, self.generators = decoder.step_of(self.batch), draw, generators
+        self.run = decoder.init(longest, max(new - 1, 1), self.batch)
+        self.logits = self._prefill(prompts)
+        finite = torch.isfinite(self.logits.max(-1).values)
+        if not finite.all():
+            raise NumericsError(
+                f"the logits after the prompt of row {int((~finite).nonzero()[0])} are not finite. "
+                "Check the weights and the filter."
+            )
+        first = self.logits.argmax(-1) if draw is None else draw(self.logits)
+        self.first = first.cpu().numpy()
+        self._embed(first)
         span = self.run.rows - self.run.lead
         self.tiling = Separated(span, near=decoder.near_side, block=GRAPH) if decoder.bounded else Relaxed(span)
         self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
@@ -63,28 +71,40 @@ class GpuLoop:
             self._paced: deque[Any] = deque()
             torch.cuda.synchronize()
 
-    def _embed(self, token: int) -> None:
-        self.step.x.copy_(self.decoder.exact.embedding.weight[token])
+    def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        """The logits [B, V] behind the prompts. A prompt that several rows share is read once."""
+        run, seen, logits = self.run, dict[tuple[int, ...], int](), list[Tensor]()
+        history = run.history.unflatten(1, (-1, run.batch))
+        for row, prompt in enumerate(prompts):
+            twin = seen.setdefault(tuple(prompt.tolist()), row)
+            if twin == row:
+                logits.append(self.decoder.prefill(run, prompt.to(self.device), row))
+            else:
+                history[..., row], run.pending[:, :, row] = history[..., twin], run.pending[:, :, twin]
+                logits.append(logits[twin])
+        return torch.stack(logits)
 
-    def advance(self, token: int) -> Tensor:
-        """The logits [V] behind one more position, whose token the caller chose: for choices made on the host."""
+    def _embed(self, tokens: Tensor) -> None:
+        self.step.start(self.decoder.exact.embedding.weight[tokens])
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host."""
         n, offset = divmod(self.position, GRAPH)
         self.position += 1
         run, stream = self.run, torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext()
         with stream:
             if not offset:
                 (self._boundary if self.device.type == "cuda" else self._boundary_now)(n * GRAPH)
-            self._embed(token)
+            self._embed(tokens.to(self.device))
             last = offset + 1 == GRAPH
             side = self._side((n + 1) * GRAPH) if last else 0
             self.step.forward(run.history, run.pending, run.clock, offset)
             if side:
-                tile_rows(
-                    run.history, self.decoder.near, range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side), run.clock
-                )
+                sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
+                tile_rows(run.history, self.decoder.near, sources, targets, run.clock, self.batch)
             if last:
                 run.clock += GRAPH
-            return self.step.logits.cpu()
+            return self.step.logits.view(self.batch, -1).cpu()
 
     def close(self) -> None:
         """Waits for what the device still does on this sequence's memory."""
@@ -104,7 +124,7 @@ class GpuLoop:
         if len(self._paced) > AHEAD:
             self._paced.popleft().synchronize()
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         """The tokens, as the device makes them.
 
         Python's garbage collector leaves what exists at the start alone until the end: one full collection of all that
@@ -114,32 +134,33 @@ class GpuLoop:
         if freeze:
             gc.freeze()
         try:
-            yield from self._tokens()
+            for tokens in self._tokens():
+                yield int(tokens[0]) if self.single else tokens
         finally:
             if freeze:
                 gc.unfreeze()
             self.close()
 
-    def _tokens(self) -> Iterator[int]:
+    def _tokens(self) -> Iterator[Any]:
         yield self.first
         log = self.run.host_tokens.numpy()
         lead = self.run.lead
         for index in range(self.new - 1):
             while self.launched < min(self.count, index // GRAPH + AHEAD):
                 self.launch()
-            spins = 0
-            while log[lead + index] == -1:
+            tokens, spins = log[lead + index], 0
+            while tokens[0] == -1 or (tokens == -1).any():
                 spins += 1
                 if spins % 10_000 == 0:
                     self.main.query()  # raises if the device has failed
                 time.sleep(0)
-            token = int(log[lead + index])
-            if token == -2:
+            if tokens[0] == -2 or (not self.single and (tokens == -2).any()):
+                row = int((tokens == -2).argmax())
                 raise NumericsError(
-                    f"the logits behind position {index} after the prompt are not finite. Check the weights and the "
-                    "filter for NaN or overflow."
+                    f"the logits of row {row} behind position {index} after the prompt are not finite. Check the "
+                    "weights and the filter for NaN or overflow."
                 )
-            yield token
+            yield tokens
 
     def launch(self) -> None:
         """Releases the chunks of this boundary and launches the next graph."""
@@ -176,7 +197,7 @@ class GpuLoop:
     def _boundary_now(self, n: int) -> None:
         for tile in self._large(n):
             if self.decoder.bounded:
-                for chunk in self.pricing.cut(tile, self.decoder.channels, GRAPH):
+                for chunk in self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch):
                     self._pay(chunk)
             else:
                 self._pay_square(tile)
@@ -194,7 +215,7 @@ class GpuLoop:
         if large or self.schedule:
             self.back.wait_event(self.main.record_event())
         for tile in large:
-            self.schedule.add(self.pricing.cut(tile, self.decoder.channels, GRAPH))
+            self.schedule.add(self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch))
         released = self.schedule.release(n)
         if released:
             self.late += sum(chunk.due <= n for chunk in released)
@@ -209,22 +230,21 @@ class GpuLoop:
 
     def _pay(self, chunk: Chunk) -> None:
         rows = self.run.history[self.run.lead :]
-        self.decoder.ffts[chunk.size].pay(rows, chunk.row, chunk.blocks, chunk.targets, chunk.channels)
+        self.decoder.ffts[chunk.size].pay(rows, chunk.row, chunk.blocks, chunk.targets, chunk.channels, self.batch)
 
     def _pay_square(self, tile: Rectangle) -> None:
         """A Relaxed square at once, a layer at a time: smaller workspace at hardly any cost."""
-        fft = self.decoder.ffts[len(tile.sources)]
-        width = self.decoder.config.width
-        for c in range(0, self.decoder.channels, width):
-            cut = range(c, min(c + width, self.decoder.channels))
-            fft.pay(self.run.history[self.run.lead :], tile.sources.stop, 1, tile.targets, cut)
+        size = len(tile.sources)
+        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[size]
+        for cut in self.decoder.widths(size, self.batch):
+            fft.pay(rows, tile.sources.stop, 1, tile.targets, cut, self.batch)
 
     def _graph(self, side: int) -> torch.cuda.CUDAGraph:
         if side not in self._captured:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)  # pyright: ignore[reportUnknownMemberType]
+            for generator in self.generators:
+                graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
             with torch.cuda.graph(graph, stream=self.main):
                 positions(self.decoder, self.step, self.run, side, self.side, self.draw)
             self._captured[side] = graph
@@ -234,31 +254,30 @@ class GpuLoop:
 def decode_gpu(
     decoder: GpuDecoder, prompt: Tensor, choose: Callable[[Tensor], Tensor], max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
-    """As `decode`, for choices made on the host: kernels are launched one by one, and rows run one after another."""
+    """As `decode`, for choices made on the host: kernels are launched one by one."""
     check_gpu_tiling(tiling)
-    loops = [GpuLoop(decoder, row, max_new_tokens) for row in prompt]
+    loop = GpuLoop(decoder, prompt, max_new_tokens)
     try:
-        tokens = choose(torch.stack([loop.logits.cpu() for loop in loops]))
+        tokens = choose(loop.logits.cpu())
         yield tokens
         for _ in range(max_new_tokens - 1):
-            tokens = choose(torch.stack([loop.advance(int(t)) for loop, t in zip(loops, tokens, strict=True)]))
+            tokens = choose(loop.advance(tokens))
             yield tokens
     finally:
-        for loop in loops:
-            loop.close()
+        loop.close()
 
 
 def stream_gpu(
     decoder: GpuDecoder, prompt: Tensor, sampler: Sampler, max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
-    """Tokens [1] of one row, chosen on the device inside the graphs."""
+    """Tokens [B] of the rows of prompt [B, P], chosen on the device inside the graphs."""
     check_gpu_tiling(tiling)
     draw = None if sampler.sampling.plain else DeviceSampler(sampler, decoder.config.vocab_size, decoder.device)
     loop = GpuLoop(
-        decoder, prompt[0], max_new_tokens, draw=None if draw is None else draw.draw,
-        generator=None if draw is None else draw.generator,
+        decoder, prompt, max_new_tokens, draw=None if draw is None else draw.draw,
+        generators=() if draw is None else draw.generators,
     )  # fmt: skip
-    return (torch.tensor([token]) for token in loop)
+    return (torch.as_tensor(tokens.copy()) for tokens in loop)
 
 
 def check_gpu_tiling(tiling: Tiling | None) -> None:

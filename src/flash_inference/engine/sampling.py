@@ -127,28 +127,33 @@ class Sampler:
 
 
 class DeviceSampler(Sampler):
-    """A Sampler of one row whose choice happens on its device, in what a graph can capture.
+    """A Sampler whose choice happens on its device, in what a graph can capture.
 
-    The draw is the largest of p_i / e_i with e_i exponential, which takes token i with probability p_i. Its generator
-    lives on the device: a seed repeats a run there, but gives other tokens than the same seed on a CPU.
+    The draw is the largest of p_i / e_i with e_i exponential, which takes token i with probability p_i. A row's
+    generator lives on the device: a seed repeats a run there, but gives other tokens than the same seed on a CPU.
     """
 
     def __init__(self, sampler: Sampler, vocab: int, device: torch.device) -> None:
-        super().__init__(sampler.sampling, 1, vocab, sampler.seen, sampler.first_row)
+        rows = len(sampler._generators)
+        super().__init__(sampler.sampling, rows, vocab, sampler.seen, sampler.first_row)
         self._seen = self._seen.to(device)
         self._barred = None if self._barred is None else self._barred.to(device)
-        self.generator = torch.Generator(device).manual_seed(self._generators[0].initial_seed())
-        self._noise = torch.empty(1, vocab, device=device)
+        seeds = [generator.initial_seed() for generator in self._generators]
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._noise = torch.empty(rows, vocab, device=device)
 
     def draw(self, logits: Tensor) -> Tensor:
-        """The token [1] from logits [V]; -2 if their largest is not finite."""
-        scores = self.cut(logits[None])
+        """Tokens [B] from logits [B, V], or [1] from [V]; -2 where a row's largest is not finite."""
+        logits = logits.view(len(self._noise), -1)
+        scores = self.cut(logits)
         if self.sampling.temperature > 0:
-            scores = scores.softmax(-1) / self._noise.exponential_(generator=self.generator)
-        token = scores.argmax(-1)
+            for noise, generator in zip(self._noise, self.generators, strict=True):
+                noise.exponential_(generator=generator)
+            scores = scores.softmax(-1) / self._noise
+        tokens = scores.argmax(-1)
         if self.sampling.repetition_penalty != 1:
-            self._seen.scatter_(1, token[:, None], True)
-        return torch.where(logits.max().isfinite(), token, -2)
+            self._seen.scatter_(1, tokens[:, None], True)
+        return torch.where(logits.amax(-1).isfinite(), tokens, -2)
 
 
 def check_finite(best: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,8 @@ from flash_inference.mixers.mixer import Moment
 from flash_inference.models.fused import layer_weights, unfused
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
+from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
+from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Pricing
 from flash_inference.tiling.triangle import next_power
@@ -32,11 +34,13 @@ NEAR = 256
 
 @dataclass
 class GpuRun:
-    """One sequence in flight: the mixers' one buffer [rows, M D], time-major, and what the kernels keep beside it.
+    """Sequences in flight: the mixers' one buffer [rows, M D B], time-major, and what the kernels keep beside it.
 
-    Row r belongs to position r - lead; `lead` rows end where the prompt ends, a multiple of the graph's positions.
+    Row r belongs to position r - lead; `lead` rows end where the prompts end, a multiple of the graph's positions. What
+    stands before a shorter prompt is zero.
     """
 
+    batch: int
     lead: int
     rows: int
     history: Tensor
@@ -48,7 +52,7 @@ class GpuRun:
 
 
 class GpuDecoder:
-    """A LanguageModel made ready to decode up to `length` positions of one sequence on its GPU.
+    """A LanguageModel made ready to decode up to `length` positions of up to `batch` sequences at once on its GPU.
 
     Matrices are streamed as bfloat16 where that changes no value, and as they are otherwise; activations, mixer state
     and sums are float32. `spectra_bytes` bounds the stored filter spectra; larger sides are transformed when needed.
@@ -56,14 +60,14 @@ class GpuDecoder:
 
     def __init__(
         self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
-        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded",
-        dtype: torch.dtype = torch.float32, pricing: Pricing | None = None,
+        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded", batch: int = 1,
+        dtype: torch.dtype = torch.float32, pricing: Pricing | None = None, batch_shapes: BatchShapes | None = None,
     ) -> None:  # fmt: skip
         config = model.config
         if length > config.length:
             raise LengthError(f"{length} positions were asked for; this model's filter allows {config.length}.")
         self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
-        self.bounded, self.pricing = latency == "bounded", pricing or Pricing()
+        self.bounded, self.pricing, self.batch = latency == "bounded", pricing or Pricing(), batch
         self.device = next(model.parameters()).device
         if pdl is None:
             pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
@@ -83,10 +87,13 @@ class GpuDecoder:
             self.near = near_taps
             layers = [_streamed(layer_weights(block)) for block in self.exact.blocks]
             norm = self.exact.norm.weight.detach(), self.exact.norm.bias.detach()
-            self.step = GpuStep(
-                layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), skip + near_taps[0],
-                near_taps, order=config.order, eps=config.norm_eps, block=GRAPH, shapes=shapes, pdl=pdl,
-            )  # fmt: skip
+            parts = layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach())
+            parts = *parts, skip + near_taps[0], near_taps
+            settings = {"order": config.order, "eps": config.norm_eps, "block": GRAPH, "pdl": pdl}
+            self.step = GpuStep(*parts, shapes=shapes, **settings)
+            self._batched = partial(GpuBatchStep, *parts, **settings)
+            self._batch_steps: dict[tuple[int, BatchShapes], GpuBatchStep] = {}
+            self._batch_shapes = batch_shapes
         budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
         size = near
@@ -99,10 +106,24 @@ class GpuDecoder:
                 for k in ks:
                     fft.prepare(k, self.channels, config.width)
             size *= 2
-        self._warm()
+        self._warmed: set[int] = set()
+        if batch == 1:
+            self._warm(self.step, 1)
+
+    def step_of(self, batch: int, shapes: BatchShapes | None = None) -> GpuStep | GpuBatchStep:
+        """The kernels for one sequence, or for a batch of that many: a fork, with scratch of its own."""
+        if batch == 1:
+            return self.step.fork()
+        shapes = shapes or self._batch_shapes or BatchShapes.fit(batch)
+        key = batch, shapes
+        if key not in self._batch_steps:
+            with torch.inference_mode(False), torch.no_grad():
+                self._batch_steps[key] = self._batched(batch=batch, shapes=shapes)
+                self._warm(self._batch_steps[key], batch)
+        return self._batch_steps[key].fork()
 
     def _budget(self) -> int:
-        """Bytes for stored spectra: what the device has left beside one run's state and 3 GiB for work.
+        """Bytes for stored spectra: what the device has left beside the runs' state and 3 GiB for work.
 
         Raises PlanError if the state alone does not fit.
         """
@@ -110,7 +131,7 @@ class GpuDecoder:
             return 1 << 30
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        row = self.channels * self.dtype.itemsize
+        row = self.channels * self.batch * self.dtype.itemsize
         left = free - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
         if left < 0:
             raise PlanError(
@@ -147,46 +168,47 @@ class GpuDecoder:
         rho = self.taps(first, last, channels) if last > first else self.near.new_zeros(len(channels), 0)
         return torch.nn.functional.pad(rho, (0, stop - last)) if last < stop else rho
 
-    def init(self, prompt: int, new: int) -> GpuRun:
-        """Memory for a prompt and `new` positions after it."""
+    def init(self, prompt: int, new: int, batch: int = 1) -> GpuRun:
+        """Memory for `batch` prompts of up to `prompt` positions, and `new` positions after them."""
         lead = -(-prompt // GRAPH) * GRAPH
-        rows = lead + -(-new // GRAPH) * GRAPH
-        pinned = self.device.type == "cuda"
-        short = torch.stack([block.mixer.short.init(1).pending[0] for block in self.exact.blocks])
+        rows, device = lead + -(-new // GRAPH) * GRAPH, self.device
+        short = torch.stack([block.mixer.short.init(batch).pending.transpose(0, 1) for block in self.exact.blocks])
         return GpuRun(
+            batch=batch,
             lead=lead,
             rows=rows,
-            history=torch.zeros(rows + self.near_side, self.channels, dtype=self.dtype, device=self.device),
+            history=torch.zeros(rows + self.near_side, self.channels * batch, dtype=self.dtype, device=device),
             pending=short.contiguous(),
-            clock=torch.full((2,), lead, dtype=torch.long, device=self.device),
-            tokens=torch.full((rows,), -1, dtype=torch.long, device=self.device),
-            host_tokens=torch.full((rows,), -1, dtype=torch.long, pin_memory=pinned),
-            stamps=torch.zeros(rows, dtype=torch.long, device=self.device),
+            clock=torch.full((2 + batch,), lead, dtype=torch.long, device=device),
+            tokens=torch.full((rows, batch), -1, dtype=torch.long, device=device),
+            host_tokens=torch.full((rows, batch), -1, dtype=torch.long, pin_memory=device.type == "cuda"),
+            stamps=torch.zeros(rows, dtype=torch.long, device=device),
         )
 
     @torch.no_grad()
-    def prefill(self, run: GpuRun, prompt: Tensor) -> Tensor:
-        """Reads the prompt [P] -> logits [V]: mixer inputs before row `lead`, what they owe behind it."""
+    def prefill(self, run: GpuRun, prompt: Tensor, row: int = 0) -> Tensor:
+        """Reads a row's prompt [P] -> logits [V]: mixer inputs before `lead`, what they owe behind it."""
         P, lanes = len(prompt), (self.config.order - 1) * self.config.width
+        history = run.history.unflatten(1, (-1, run.batch))[..., row]
         x = self.exact.embedding(prompt[None])
         for number, block in enumerate(self.exact.blocks):
             mixer, D = block.mixer, self.config.width
             past = mixer.short.init(1)
             *gates, v = mixer.short.extend(past, mixer.in_proj(block.norm1(x)), Moment(0)).split(D, dim=2)
-            run.pending[number] = past.pending[0]
+            run.pending[number, :, row] = past.pending[0]
             for o, gate in enumerate(reversed(gates[1:])):
                 y = (gate * v)[0]
                 first = number * lanes + o * D
-                run.history[run.lead - P : run.lead, first : first + D] = y.to(self.dtype)
-                v = self._causal(run, y, first, P)[None] + mixer.skip[o * D : (o + 1) * D] * y
+                history[run.lead - P : run.lead, first : first + D] = y.to(self.dtype)
+                v = self._causal(history[run.lead : run.rows], y, first, P)[None] + mixer.skip[o * D : (o + 1) * D] * y
             x = x + mixer.out_proj(gates[0] * v)
             x = x + block.mlp(block.norm2(x))
         return self.exact.head(self.exact.norm(x[:, -1]))[0]
 
-    def _causal(self, run: GpuRun, y: Tensor, first: int, P: int) -> Tensor:
+    def _causal(self, behind: Tensor, y: Tensor, first: int, P: int) -> Tensor:
         """What y [P, D] gives its own positions, returned, and the rows behind the prompt, added there."""
-        total = min(self.length, P + run.rows - run.lead)
-        n = 1 << (2 * P + (run.rows - run.lead) - 1).bit_length() if P > 1 else 1
+        total = min(self.length, P + len(behind))
+        n = 1 << (2 * P + len(behind) - 1).bit_length() if P > 1 else 1
         out = torch.empty_like(y)
         width = max(1, min(y.shape[1], (1 << 26) // total)) if P == 1 else max(1, (1 << 26) // n)
         for c in range(0, y.shape[1], width):
@@ -198,36 +220,37 @@ class GpuDecoder:
                 z = torch.fft.irfft(torch.fft.rfft(y[:, cut].T.contiguous(), n=n) * torch.fft.rfft(rho, n=n), n=n)
             out[:, cut] = z[:, :P].T
             later = z[:, P:total].T
-            rows = run.history[run.lead : run.lead + later.shape[0], first + cut.start : first + cut.stop]
+            rows = behind[: later.shape[0], first + cut.start : first + cut.stop]
             rows += later.to(self.dtype)
         return out
 
-    def _warm(self) -> None:
+    def widths(self, size: int, batch: int) -> list[range]:
+        """The channels of each chunk of a tile of that size."""
+        if self.bounded:
+            return self.pricing.widths(size, self.channels, batch)
+        width = max(1, self.config.width // batch)
+        return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
+
+    def _warm(self, step: GpuStep | GpuBatchStep, batch: int) -> None:
         """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
         if self.device.type != "cuda":
             return
-        run, config = self.init(self.near_side, GRAPH), self.config
-        side = GRAPH
-        self.step.x.zero_()
+        run, side = self.init(self.near_side, GRAPH, batch), GRAPH
+        step.start(torch.zeros(batch, self.config.width, device=self.device))
         torch.cuda.synchronize()
         with torch.cuda.stream(self.main):
             while side <= self.near_side:
-                positions(self, self.step, run, side, None)
+                positions(self, step, run, side, None)
                 run.clock.fill_(run.lead)
                 side *= 2
-            positions(self, self.step, run, 0, None)
-        for size in self.ffts:
-            widths = {len(cut) for cut in self.pricing.widths(size, self.channels)} if self.bounded else {config.width}
-            for channels in widths:
-                with torch.cuda.stream(self.back if self.bounded else self.main):
-                    for blocks in (1, 2):
-                        places = torch.zeros(blocks * channels, 2 * size, device=self.device)
-                        pack(run.history, 0, min(size, run.rows), range(channels), places[:channels])
-                        y = torch.fft.rfft(places)
-                        again = y[-channels:] if blocks == 2 else None
-                        multiply(y[:channels], y[:channels], y[:channels], add=False, also=again, also_rho=again)
-                        sums = torch.fft.irfft(y[:channels], n=2 * size)
-                        unpack_add(sums, size, run.history, 0, min(size, run.rows), range(channels))
+            positions(self, step, run, 0, None)
+        if batch not in self._warmed:
+            self._warmed.add(batch)
+            for size, fft in self.ffts.items():
+                for channels in {len(cut) for cut in self.widths(size, batch)}:
+                    with torch.cuda.stream(self.back if self.bounded else self.main):
+                        for blocks in (1, 2):
+                            fft.warm(run.history, blocks, channels, batch)
         torch.cuda.synchronize()
 
 
@@ -243,25 +266,26 @@ def unusable(weight: Tensor) -> str | None:
     return None
 
 
-def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded") -> GpuDecoder:
-    """The model made ready for `length` positions: kept on the model while weights stay the same and it suffices.
+def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1) -> GpuDecoder:
+    """The model made ready for `batch` sequences of `length` positions.
 
-    Raises ModelError for a model that these kernels do not know.
+    Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that these kernels do
+    not know.
     """
     reason = unfused(model)
     if reason is not None:
         raise ModelError(f"the GPU's kernels cannot run this model: {reason}. Decode with model.decoder(length).")
     version = tuple((p.data_ptr(), p._version) for p in model.parameters())
     kept = getattr(model, "_gpu_decoder", None)
-    if kept is None or kept[0] != (version, latency) or kept[1].length < length:
+    if kept is None or kept[0] != (version, latency) or kept[1].length < length or kept[1].batch < batch:
         model._gpu_decoder = None  # type: ignore[assignment]
-        kept = ((version, latency), GpuDecoder(model, length, latency=latency))
+        kept = ((version, latency), GpuDecoder(model, length, latency=latency, batch=batch))
         model._gpu_decoder = kept  # type: ignore[assignment]
     return kept[1]
 
 
 def positions(
-    decoder: GpuDecoder, step: GpuStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
+    decoder: GpuDecoder, step: GpuStep | GpuBatchStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
     draw: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Launches a graph's positions, and behind the last one's mixer rows the square of that side, on `fork` if given.
@@ -270,7 +294,8 @@ def positions(
     """
 
     def pay() -> None:
-        tile_rows(run.history, decoder.near, range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side), run.clock[1:])
+        sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
+        tile_rows(run.history, decoder.near, sources, targets, run.clock[1:], run.batch)
 
     def beside() -> None:
         assert fork is not None

@@ -35,16 +35,17 @@ class Pricing:
         """Points a microsecond; the largest transforms take more passes."""
         return self.points / (1.0 if size < 32768 else 1.4)
 
-    def widths(self, size: int, channels: int) -> list[range]:
-        """The channels of each chunk of a tile of that size."""
+    def widths(self, size: int, channels: int, batch: int = 1) -> list[range]:
+        """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least."""
         width = max(8, int(self.target * self.rate(size) / size))
         width = width // 32 * 32 if width >= 32 else width // 8 * 8
+        width = -(-width // batch)
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
-    def cut(self, tile: Rectangle, channels: int, early: int) -> list[Chunk]:
+    def cut(self, tile: Rectangle, channels: int, early: int, batch: int = 1) -> list[Chunk]:
         """The chunks of a tile from whole V-blocks, V = its slack, for `channels` channels, due `early` steps early."""
         size, blocks = tile.slack, -(-len(tile.sources) // tile.slack)
-        rate, cuts = self.rate(size), self.widths(size, channels)
+        rate, cuts = self.rate(size) / batch, self.widths(size, channels, batch)
         due, row = tile.due - early, tile.sources.stop
         return [
             Chunk(due, size, row, cut, blocks, tile.targets, len(cut) * size * (1 + blocks) / 2 / rate) for cut in cuts

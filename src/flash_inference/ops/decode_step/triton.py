@@ -306,6 +306,10 @@ class GpuStep:
         self.best, self.token = new(self.programs), torch.zeros(1, dtype=torch.long, device=diagonal.device)
         self.best_at = torch.zeros(self.programs, dtype=torch.int32, device=diagonal.device)
 
+    def start(self, rows: Tensor) -> None:
+        """Puts an embedding [1, D] where the next position reads it."""
+        self.x.copy_(rows[0])
+
     def launch(
         self, history: Tensor, pending: Tensor, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor,
         offset: int, *, last: bool, after_mixing: Callable[[], None] | None = None,

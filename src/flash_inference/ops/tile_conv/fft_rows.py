@@ -30,14 +30,27 @@ def unpack_add(sums: Tensor, skip: int, history: Tensor, start: int, n: int, cha
     )  # fmt: skip
 
 
-def multiply(y: Tensor, rho: Tensor, out: Tensor, *, add: bool, also: Tensor | None, also_rho: Tensor | None) -> None:
-    """out = y rho, plus also also_rho if given, plus what out holds if `add`: complex, contiguous, one pass."""
+def multiply(
+    y: Tensor, rho: Tensor, out: Tensor, *, add: bool, also: Tensor | None, also_rho: Tensor | None, batch: int = 1
+) -> None:
+    """out = y rho, plus also also_rho if given, plus what out holds if `add`: complex, contiguous, one pass.
+
+    y, out and `also` are [c batch, n]; rho and `also_rho` [c, n], each row for `batch` neighbours.
+    """
     n = y.numel()
     views = [
         torch.view_as_real(t) for t in (y, rho, y if also is None else also, rho if also_rho is None else also_rho)
     ]
     _multiply[(triton.cdiv(n, 1024),)](
-        *views, torch.view_as_real(out), n, ADD=add, TWO=also is not None, SIZE=1024, num_warps=8
+        *views,
+        torch.view_as_real(out),
+        n,
+        y.shape[-1],
+        ADD=add,
+        TWO=also is not None,
+        SIZE=1024,
+        BATCH=batch,
+        num_warps=8,
     )
 
 
@@ -71,35 +84,55 @@ class TileFFT:
     def _make(self, k: int, channels: range) -> Tensor:
         return torch.fft.rfft(self.taps(k * self.size, (k + 2) * self.size, channels), n=2 * self.size)
 
-    def pay(self, history: Tensor, row: int, blocks: int, targets: range, channels: range) -> None:
-        """Adds what the last `blocks` V-blocks before `row` owe to at most V targets, whole V-blocks behind `row`."""
-        V, c = self.size, len(channels)
+    def pay(self, history: Tensor, row: int, blocks: int, targets: range, channels: range, batch: int = 1) -> None:
+        """Adds what the last `blocks` V-blocks before `row` owe to at most V targets, whole V-blocks behind `row`.
+
+        history [rows, C batch]; `channels` are of the filter.
+        """
+        V, c, lanes = self.size, len(channels) * batch, range(channels.start * batch, channels.stop * batch)
         gap = (targets.start - row) // V
         places = torch.empty(blocks * c, 2 * V, device=history.device)
         for b in range(blocks):
-            pack(history, row - (b + 1) * V, V, channels, places[b * c : (b + 1) * c])
+            pack(history, row - (b + 1) * V, V, lanes, places[b * c : (b + 1) * c])
         spectra = torch.fft.rfft(places)
         for b in range(0, blocks, 2):
             second = b + 1 if b + 1 < blocks else None
             multiply(
                 spectra[b * c : (b + 1) * c], self.spectrum(b + gap, channels), spectra[:c], add=b > 0,
                 also=None if second is None else spectra[second * c : (second + 1) * c],
-                also_rho=None if second is None else self.spectrum(second + gap, channels),
+                also_rho=None if second is None else self.spectrum(second + gap, channels), batch=batch,
             )  # fmt: skip
-        unpack_add(torch.fft.irfft(spectra[:c], n=2 * V), V, history, targets.start, len(targets), channels)
+        unpack_add(torch.fft.irfft(spectra[:c], n=2 * V), V, history, targets.start, len(targets), lanes)
+
+    def warm(self, history: Tensor, blocks: int, channels: int, batch: int) -> None:
+        """Runs all that `pay` runs on zeros, so that nothing is compiled, planned or allocated later."""
+        V, c, n = self.size, channels * batch, min(self.size, len(history))
+        places = torch.zeros(blocks * c, 2 * V, device=history.device)
+        pack(history, 0, n, range(c), places[:c])
+        y = torch.fft.rfft(places)
+        again = y[-c:] if blocks == 2 else None
+        rho = y[:channels].clone()
+        multiply(y[:c], rho, y[:c], add=False, also=again, also_rho=None if again is None else rho, batch=batch)
+        unpack_add(torch.fft.irfft(y[:c], n=2 * V), V, history, 0, n, range(c))
 
 
 @triton.jit
-def _multiply(y, rho, also, also_rho, out, n, ADD: tl.constexpr, TWO: tl.constexpr, SIZE: tl.constexpr):
+def _multiply(
+    y, rho, also, also_rho, out, n, places, ADD: tl.constexpr, TWO: tl.constexpr, SIZE: tl.constexpr,
+    BATCH: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     pair = 2 * at[:, None] + tl.arange(0, 2)[None, :]
+    shared = pair
+    if BATCH > 1:
+        shared = 2 * (at // places // BATCH * places + at % places)[:, None] + tl.arange(0, 2)[None, :]
     inside = (at < n)[:, None]
     a, b = tl.split(tl.load(y + pair, inside, 0.0))
-    c, d = tl.split(tl.load(rho + pair, inside, 0.0))
+    c, d = tl.split(tl.load(rho + shared, inside, 0.0))
     real, imaginary = a * c - b * d, a * d + b * c
     if TWO:
         a, b = tl.split(tl.load(also + pair, inside, 0.0))
-        c, d = tl.split(tl.load(also_rho + pair, inside, 0.0))
+        c, d = tl.split(tl.load(also_rho + shared, inside, 0.0))
         real += a * c - b * d
         imaginary += a * d + b * c
     if ADD:

@@ -10,20 +10,23 @@ import triton.language as tl
 from torch import Tensor
 
 
-def tile_rows(history: Tensor, rho: Tensor, sources: range, targets: range, clock: Tensor) -> None:
+def tile_rows(
+    history: Tensor, rho: Tensor, sources: range, targets: range, clock: Tensor, batch: int = 1
+) -> None:  # fmt: skip
     """history[j] += sum over i of history[i] rho[j - i] for rows i of `sources`, j of `targets`; channels all.
 
     Both ranges count from the position that `clock` [1] holds on the device, so that one captured launch serves every
-    position. history [rows, C] and rho [taps, C], time-major and contiguous; lags at or above taps pay nothing. Sums in
-    float32. One launch, O(S T) per channel: for sides up to about 256. Every thread owns a channel, holds a few targets
-    and slides a window of taps over the sources. Error at most S eps sum |y| |rho| per element.
+    position. history [rows, C batch] and rho [taps, C], time-major and contiguous: `batch` neighbours share a filter.
+    Lags at or above taps pay nothing. Sums in float32. One launch, O(S T) per channel: for sides up to about 256. Every
+    thread owns a channel, holds a few targets and slides a window of taps over the sources. Error at most
+    S eps sum |y| |rho| per element.
     """
     S, T, C = len(sources), len(targets), history.shape[1]
     outs, ins, lanes = shape_for(T)
     grid = (triton.cdiv(C, lanes), triton.cdiv(T, outs))
     _tile_rows[grid](
         history, rho, clock, sources.start, targets.start, S, T, rho.shape[0], C, OUTS=outs, INS=ins, LANES=lanes,
-        TURNS=triton.cdiv(S, ins), num_warps=max(1, lanes // 32),
+        TURNS=triton.cdiv(S, ins), BATCH=batch, num_warps=max(1, lanes // 32),
     )  # fmt: skip
 
 
@@ -49,6 +52,7 @@ def _tile_rows(
     INS: tl.constexpr,
     LANES: tl.constexpr,
     TURNS: tl.constexpr,
+    BATCH: tl.constexpr,
 ):
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < C
@@ -65,7 +69,9 @@ def _tile_rows(
         window = ()
         for w in tl.static_range(OUTS + INS - 1):
             known = inside & (low + w >= 1) & (low + w < taps)
-            window = window + (tl.load(rho + tl.cast(low + w, tl.int64) * C + lane, known, 0.0).to(tl.float32),)
+            window = window + (
+                tl.load(rho + tl.cast(low + w, tl.int64) * (C // BATCH) + lane // BATCH, known, 0.0).to(tl.float32),
+            )
         for i in tl.static_range(INS):
             given = tl.load(y + tl.cast(start + i, tl.int64) * C, inside & (start + i < S), 0.0).to(tl.float32)
             more = ()
