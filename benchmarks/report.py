@@ -219,6 +219,88 @@ def gpu_plot(path: Path) -> None:
     plt.close(figure)
 
 
+def batch_table(rows: list[dict[str, object]]) -> str:
+    """Tokens a second of batches on one GPU, each with its answer's error."""
+    lines = [
+        "| rows | tokens/s | against one row | us per step | median | worst | differing tokens | worst layer's error |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    runs = [row for row in rows if row["name"] == "batch"]
+    for row in runs:
+        answers = [answer for name, answer in row.items() if name.startswith("row_")]
+        error = max(answer["worst_layer_relative_error"] for answer in answers)
+        different = sum(answer["differences"] for answer in answers)
+        lines.append(
+            f"| {row['batch']} | {row['tokens_per_s']:,.0f} | {row['against_one_row']:.2f}x | "
+            f"{row['us_per_step']:.0f} | {row['median_us']:.0f} | {row['worst_us']:,.0f} | {different} | {error:.1e} |"
+        )
+    last = runs[-1]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{last['layers']} layers, D = {last['width']}, {last['length']:,} tokens a row, first and last row held "
+            f"against float64. Measured at commit {last['commit']} on {last['date']}: {last['device']}, torch "
+            f"{last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by `flash-inference bench gpu_batch`.",
+        ]
+    )
+
+
+PARTS = {
+    "mix": "norm, input projection, short filter, mixer",
+    "out": "output projection",
+    "fc1": "norm, first MLP matrix, GELU",
+    "fc2": "second MLP matrix",
+    "head": "head",
+    "rest": "choice of the token, and the rest",
+    "tiles": "tiles of all mixers",
+}
+
+
+def step_parts(batch: int) -> dict[str, float]:
+    """Microseconds of a step by what they go to: kernels alone, the rest of the step without tiles, the tiles."""
+    from flash_inference.ops.decode_step.triton_batch import BatchShapes
+
+    shapes, parts = BatchShapes.fit(batch), dict[str, float]()
+    (run,) = (row for row in read("gpu_batch") if row["name"] == "batch" and row["batch"] == batch)
+    (bare,) = (row for row in read("gpu_batch") if row["name"] == "step without tiles" and row["batch"] == batch)
+    for row in read("gpu_shapes"):
+        if row["batch"] == batch:
+            name = row["kernel"]
+            tile = shapes.head_batch if name == "head" else shapes.batch
+            shape = [*getattr(shapes, name), tile]
+            (time,) = (time for time, tried, _ in row["best"] if tried == shape)
+            parts[name] = time * (1 if name == "head" else run["layers"])
+    parts["rest"] = bare["us"] - sum(parts.values())
+    parts["tiles"] = run["us_per_step"] - bare["us"]
+    return parts
+
+
+def step_plot(path: Path) -> None:
+    """Where a batched step's time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "flash_inference"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 2.9), layout="constrained")
+    colours = ["#2e4057", "#5b8e9f", "#66a182", "#8fbf9f", "#edae49", "#cccccc", "#d1495b"]
+    batches = [8, 32]
+    left = [0.0] * len(batches)
+    found = [step_parts(batch) for batch in batches]
+    for (name, label), colour in zip(PARTS.items(), colours, strict=True):
+        widths = [parts[name] for parts in found]
+        axes.barh([f"{batch} rows" for batch in batches], widths, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlabel="microseconds a step")
+    axes.set_title("Order-2 Hyena, D = 768, 18 layers, 16,384 tokens a row, one H100", fontsize=10)
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path, metadata={"Date": None}, dpi=160)
+    plt.close(figure)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
@@ -234,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         ("cpu_online", online_table),
         ("cpu_prompt", prompt_table),
         ("gpu_decode", gpu_table),
+        ("gpu_batch", batch_table),
     ):
         if rows := read(name):
             text = fill(text, name, make(rows))
@@ -242,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         length_plot(rows, ROOT / "docs/images/cpu_length.svg")
     if read("gpu_decode"):
         gpu_plot(ROOT / "docs/images/gpu_decode.svg")
+    if read("gpu_batch"):
+        step_plot(ROOT / "docs/images/gpu_step.svg")
 
 
 if __name__ == "__main__":

@@ -73,10 +73,11 @@ class GpuLoop:
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
         """The logits [B, V] behind the prompts. A prompt that several rows share is read once."""
-        run, seen, logits = self.run, dict[tuple[int, ...], int](), list[Tensor]()
-        history = run.history.unflatten(1, (-1, run.batch))
+        run, logits = self.run, list[Tensor]()
+        seen: dict[tuple[int, ...], int] = {}
+        history: Tensor = run.history.view(len(run.history), -1, run.batch)
         for row, prompt in enumerate(prompts):
-            twin = seen.setdefault(tuple(prompt.tolist()), row)
+            twin = seen.setdefault(tuple(int(token) for token in prompt), row)
             if twin == row:
                 logits.append(self.decoder.prefill(run, prompt.to(self.device), row))
             else:
