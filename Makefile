@@ -11,10 +11,10 @@ demo: $(VENV)/ready
 	$(BIN)/flash-inference demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto
 
 test-all: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "not gpu" --slow
+	$(BIN)/python -m pytest -m "not gpu" --slow -n auto
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
