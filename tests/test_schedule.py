@@ -220,3 +220,12 @@ def test_chunks_that_wait_never_meet_a_square(span: int, near: int) -> None:
 def test_the_check_for_meetings_can_fail() -> None:
     """Due when its targets are read, a chunk could run beside the square that is paid right before."""
     assert overlaps(2048, NEAR, 0) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 17, 32, 64])
+@pytest.mark.parametrize("size", [256, 512, 4096, 65536])
+def test_chunks_of_a_batch_cover_the_channels_from_even_ones(size: int, batch: int) -> None:
+    cuts = Pricing().widths(size, 13_824, batch)
+    assert [c for cut in cuts for c in cut] == list(range(13_824))
+    assert all(cut.start % 2 == 0 for cut in cuts)
+    assert all(len(cut) * batch >= 8 for cut in cuts[:-1])

@@ -228,7 +228,7 @@ class GpuDecoder:
         """The channels of each chunk of a tile of that size."""
         if self.bounded:
             return self.pricing.widths(size, self.channels, batch)
-        width = max(1, self.config.width // batch)
+        width = max(2, self.config.width // batch // 2 * 2)
         return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
 
     def _warm(self, step: GpuStep | GpuBatchStep, batch: int) -> None:

@@ -36,10 +36,14 @@ class Pricing:
         return self.points / (1.0 if size < 32768 else 1.4)
 
     def widths(self, size: int, channels: int, batch: int = 1) -> list[range]:
-        """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least."""
+        """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least.
+
+        Chunks begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
+        """
         width = max(8, int(self.target * self.rate(size) / size))
         width = width // 32 * 32 if width >= 32 else width // 8 * 8
         width = -(-width // batch)
+        width += width % 2
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
     def cut(self, tile: Rectangle, channels: int, early: int, batch: int = 1) -> list[Chunk]:
