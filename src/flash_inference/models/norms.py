@@ -1,0 +1,35 @@
+"""Norms that PyTorch does not have."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import ModelError
+
+EpsPlace = Literal["inside", "outside"]
+EPS_PLACES: tuple[EpsPlace, ...] = ("inside", "outside")
+
+
+class RMSNorm(nn.Module):
+    """weight x / sqrt(mean(x^2) + eps), or weight x / (sqrt(mean(x^2)) + eps): eps "inside" the root or "outside" it.
+
+    Formed in float32 at least. Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), arXiv
+    1910.07467; StripedHyena puts eps outside. Raises ModelError for another place.
+    """
+
+    def __init__(self, width: int, eps: float, *, eps_place: EpsPlace = "inside") -> None:
+        super().__init__()
+        if eps_place not in EPS_PLACES:
+            raise ModelError(f"eps_place is {eps_place!r}; expected one of {', '.join(EPS_PLACES)}.")
+        self.eps, self.eps_place = eps, eps_place
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., D] -> [.., D]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.square().mean(-1, keepdim=True)
+        scale = (mean + self.eps).rsqrt() if self.eps_place == "inside" else 1 / (mean.sqrt() + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
