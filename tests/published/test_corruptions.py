@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from corruptions import Target, damage
 from hyena_reference import CASES
+from striped_reference import CASES as STRIPED_CASES
 from test_hyena import publish
+from test_striped_hyena import publish as publish_striped
 
 import flash_inference as fi
 from flash_inference.errors import FlashInferenceError
 from flash_inference.models.published import LAYOUTS
 
 LENGTH = 12
-BY_LAYOUT = {case.layout: case for case in reversed(CASES)}
+BY_LAYOUT = {case.layout: partial(publish, case=case, length=LENGTH) for case in reversed(CASES)}
+BY_LAYOUT |= {
+    case.layout: partial(publish_striped, case=case) for case in STRIPED_CASES if case.id in ("sh-7b", "evo2")
+}
 SIZES = ("d_model", "n_layer", "d_inner")
 IN_LAYER = ("emb_dim", "filter_order", "l_max")
 ORIGINAL = (*((name,) for name in SIZES), *(("layer", name) for name in IN_LAYER))
 NEEDED = (("d_model",), ("n_layer",), ("vocab_size",), ("layer",), ("layer", "l_max"), ("layer", "filter_order"))
 SHARED = ("3.freq", "5.freq", "lm_head.weight")
+STRIPED = ("hidden_size", "num_layers", "num_attention_heads", "inner_mlp_size", "state_size", "short_filter_length")
+STRIPED_NEEDED = ("hidden_size", "num_layers", "num_attention_heads", "vocab_size", "state_size", "tie_embeddings")
+FIRST, SECOND = ("attn_layer_idxs", "hyena_layer_idxs"), ("hcs_layer_idxs", "hcm_layer_idxs", "hcl_layer_idxs")
+SECOND_SIZES = ("hcs_filter_length", "hcm_filter_length", "hcs_filter_groups", "hcm_filter_groups")
+
+
+def keys(names: tuple[str, ...]) -> tuple[tuple[str], ...]:
+    return tuple((name,) for name in names)
+
 
 TARGETS = {
     "hyenadna": Target("pytorch_model.bin", ORIGINAL, NEEDED, SHARED),
@@ -37,6 +52,10 @@ TARGETS = {
         (("hidden_size",), ("num_hidden_layers",), ("intermediate_size",), ("filter_emb_dim",), ("filter_order",)),
         (("hidden_size",), ("num_hidden_layers",), ("vocab_size",), ("max_position_embeddings",), ("model_type",)),
         ("lm_head.weight",),
+    ),
+    "stripedhyena": Target("pytorch-model.bin", keys(STRIPED), keys(STRIPED_NEEDED + FIRST), ("inv_freq",)),
+    "stripedhyena2": Target(
+        "evo2_7b.pt", keys(STRIPED + SECOND_SIZES), keys(STRIPED_NEEDED + SECOND + SECOND_SIZES), ("inv_freq",)
     ),
 }
 
@@ -62,7 +81,7 @@ def survives(folder, broken, target: Target, seeds: range) -> list[str]:
 
 @pytest.mark.parametrize("layout", TARGETS)
 def test_sixty_damages_are_sixty_errors(tmp_path, layout):
-    publish(tmp_path / "good", BY_LAYOUT[layout], torch.float32, LENGTH)
+    BY_LAYOUT[layout](tmp_path / "good", dtype=torch.float32)
     fi.load(tmp_path / "good")
     assert survives(tmp_path / "good", tmp_path / "bad", TARGETS[layout], range(60)) == []
 
@@ -70,5 +89,5 @@ def test_sixty_damages_are_sixty_errors(tmp_path, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", TARGETS)
 def test_five_hundred_damages(tmp_path, layout):
-    publish(tmp_path / "good", BY_LAYOUT[layout], torch.float32, LENGTH)
+    BY_LAYOUT[layout](tmp_path / "good", dtype=torch.float32)
     assert survives(tmp_path / "good", tmp_path / "bad", TARGETS[layout], range(60, 560)) == []

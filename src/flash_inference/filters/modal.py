@@ -57,7 +57,7 @@ class ModalFilter(Modal):
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """log p and R, [channels, S] complex128."""
-        poles, residues = (torch.view_as_complex(pair[:, :, 0].double()) for pair in (self.poles, self.residues))
+        poles, residues = (paired(pair[:, :, 0]) for pair in (self.poles, self.residues))
         # 0^0 is 1, but 0 log 0 is NaN: the smallest normal number takes the place of a pole at 0.
         tiny = torch.full_like(poles, torch.finfo(torch.float64).tiny)
         return torch.log(torch.where(poles == 0, tiny, poles)), residues
@@ -99,7 +99,15 @@ class S4DFilter(Modal):
         """log p and R, [channels, S] complex128."""
         A = torch.complex(-self.log_w_real.double().exp(), self.w_imag.double())
         log_poles = self.log_dt.double().exp()[:, None] * A
-        return log_poles, 2 * torch.view_as_complex(self.C.double()) * torch.expm1(log_poles) / A
+        return log_poles, 2 * paired(self.C) * torch.expm1(log_poles) / A
+
+
+def paired(pairs: Tensor) -> Tensor:
+    """Pairs (real, imaginary) [.., 2] as complex128 [..].
+
+    A copy: complex numbers must lie on 16 bytes, and what a file was mapped to may not.
+    """
+    return torch.complex(*pairs.double().unbind(-1))
 
 
 def timescales(channels: int, modes: int, length: int) -> Tensor:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from flash_inference.models.config import ModelConfig
 from flash_inference.models.hyena import HyenaConfig
+from flash_inference.models.striped_hyena import StripedHyenaConfig
 
-FAMILIES: dict[str, type[ModelConfig]] = {config.family: config for config in (HyenaConfig,)}
+FAMILIES: dict[str, type[ModelConfig]] = {config.family: config for config in (HyenaConfig, StripedHyenaConfig)}

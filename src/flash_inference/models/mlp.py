@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
+from flash_inference.errors import ModelError
+from flash_inference.filters import rpe
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": nn.functional.gelu,
-    "gelu-tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "identity": torch.positive,
-    "silu": nn.functional.silu,
+    **rpe.ACTIVATIONS,
+    "gelu-tanh": partial(nn.functional.gelu, approximate="tanh"),
 }
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of a name. Raises ModelError for one that is unknown."""
+    if name not in ACTIVATIONS:
+        raise ModelError(f"activation {name!r} is unknown; expected one of {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
 
 
 class MLP(nn.Module):
@@ -29,18 +37,19 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) without biases; `activation` names one of ACTIVATIONS.
+    """down(a(gate(x)) * up(x)) with an activation a: a gated linear unit.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), arXiv 2002.05202.
     """
 
-    def __init__(self, width: int, inner: int, activation: str) -> None:
+    def __init__(self, width: int, inner: int, *, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.gate = nn.Linear(width, inner, bias=bias)
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
+        self.activation = activation
+        activation_of(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., D] -> [.., D]."""
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(activation_of(self.activation)(self.gate(x)) * self.up(x))

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flash_inference.errors import CheckpointError, ModelError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.published import hyena
+from flash_inference.models.published import hyena, striped_hyena
 from flash_inference.models.published.files import Weights, read_config, read_weights
 from flash_inference.models.published.layout import Layout, Rename, View, read, write
 from flash_inference.models.tokenizer import read_tokenizer
 from flash_inference.models.tokens import TOKENIZER
 
-LAYOUTS: tuple[Layout, ...] = hyena.LAYOUTS
+LAYOUTS: tuple[Layout, ...] = (*hyena.LAYOUTS, *striped_hyena.LAYOUTS)
 """Every layout that `load` recognises: a family adds its own here."""
 
 __all__ = ["LAYOUTS", "Layout", "Rename", "View", "read_published", "to_published"]
@@ -53,16 +53,22 @@ def read_published(
     return model
 
 
-def to_published(model: LanguageModel, layout: Layout | str, names: Collection[str] = ()) -> dict[str, Tensor]:
+def to_published(
+    model: LanguageModel,
+    layout: Layout | str,
+    names: Collection[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
     """A model's tensors under the published names of a layout, given by itself or by its name: `read`'s way back.
 
     Names that share one tensor are all given. `names` are those of the folder that the model came from: where a layout
-    has several spellings, theirs is taken. A model that the layout cannot hold raises ModelError.
+    has several spellings, theirs is taken. `settings` are that folder's config, which says how rows lie in some
+    layouts. A model that the layout cannot hold raises ModelError.
     """
     if isinstance(layout, str):
         layout = _named(layout)
     try:
-        return write(layout, model, names)
+        return write(layout, model, names, settings)
     except (AttributeError, KeyError) as error:
         raise ModelError(
             f"layout {layout.name!r} has no room for this model: {error}. Choose the layout of its family."

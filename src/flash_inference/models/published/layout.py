@@ -21,6 +21,8 @@ from flash_inference.models.tensors import assign, cast, shape, stored
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHOWN = 40
 """Faults that one message lists."""
+FORMED = 32 * torch.finfo(torch.float32).eps
+"""Relative error of what published code forms in float32: a power's exponent, rounded, and the power itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,10 @@ def axes(before: int = 0, after: int = 0) -> View:
 
 
 def swapped(outer: int, inner: int) -> View:
-    """A first axis published as (outer, inner) where ours is (inner, outer)."""
+    """A first axis published as (outer, inner, rest) where ours is (inner, outer, rest)."""
     return View(
-        lambda t: t.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1),
-        lambda t: t.unflatten(0, (inner, outer)).transpose(0, 1).flatten(0, 1),
+        lambda t: t.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2),
+        lambda t: t.unflatten(0, (inner, outer, -1)).transpose(0, 1).flatten(0, 2),
     )
 
 
@@ -60,7 +62,7 @@ class Rename:
 
     The `published` names must all be there; those of `optional` may be; all must be equal. With none of the two,
     `build` makes the tensor, since the family does not publish it. `float32` allows that dtype in a checkpoint whose
-    other tensors have 16 bits.
+    other tensors have 16 bits: a filter keeps it, others are rounded to the 16 bits unless a dtype is asked for.
     """
 
     ours: str
@@ -99,11 +101,16 @@ class Layout:
     recognise: Callable[[Mapping[str, Any], Collection[str]], bool]
     configure: Callable[[Settings, Mapping[str, Tensor]], Any]
     renames: Callable[[Any, Collection[str]], list[Rename]]
+    rows: Callable[[Any, Mapping[str, Any]], Mapping[str, View]] = lambda config, settings: {}
+    derived: Callable[[Any, Collection[str]], Mapping[str, Tensor]] = lambda config, names: {}
     ignored: re.Pattern[str] = re.compile(r".*\._extra_state")
 
-    def table(self, config: Any, names: Collection[str] = ()) -> list[Rename]:
-        """The rename table, layer by layer."""
-        return [rename for each in self.renames(config, names) for rename in each.layers(config.layers)]
+    def table(self, config: Any, names: Collection[str], settings: Mapping[str, Any]) -> list[Rename]:
+        """The rename table, layer by layer, for a folder with such names and such a config."""
+        table = [rename for each in self.renames(config, names) for rename in each.layers(config.layers)]
+        for end, view in self.rows(config, settings).items():
+            table = [dataclasses.replace(r, view=view.then(r.view)) if r.ours.endswith(end) else r for r in table]
+        return table
 
 
 def read(
@@ -122,13 +129,15 @@ def read(
     ours = layout.configure(settings, weights.tensors)
     settings.finish()
     model = _skeleton(layout, ours, weights)
-    table = layout.table(ours, weights.tensors)
+    table = layout.table(ours, weights.tensors, config)
     expected = stored(model)
     if lost := {rename.ours for rename in table} ^ set(expected):
         raise ModelError(f"the rename table of {layout.name} and the model disagree on {sorted(lost)}; this is a bug.")
     kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
     others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
-    faults = _faults(table, expected, kept)
+    derived = layout.derived(ours, weights.tensors)
+    faults = _faults(table, expected, {name: tensor for name, tensor in kept.items() if name not in derived})
+    faults += _derived_faults(derived, kept)
     faults += [f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
@@ -137,21 +146,26 @@ def read(
             f"{'; '.join(faults[:SHOWN])}{more}. Fetch config and weights again, of one revision."
         )
     tensors = {rename.ours: _ours(rename, kept) for rename in table}
+    if dtype is None:
+        settings.notes += _round(tensors, _dtype(kept))
     assign(model, {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()})
     model.notes = (f"read as {layout.name}: {layout.about}", *settings.notes)
     return model.eval().requires_grad_(False)
 
 
-def write(layout: Layout, model: LanguageModel, names: Collection[str] = ()) -> dict[str, Tensor]:
+def write(
+    layout: Layout, model: LanguageModel, names: Collection[str] = (), settings: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a model under the published names of a layout, names that share one tensor all given.
 
-    `names` are those of the folder that it came from, whose spelling is taken where a layout has several.
+    `names` and `settings` are those of the folder that it came from: the spelling to take where a layout has several,
+    and the config that says how rows lie.
     """
     state, tensors = stored(model), dict[str, Tensor]()
-    for rename in layout.table(model.config, names):
+    for rename in layout.table(model.config, names, settings or {}):
         for name in (*rename.published, *rename.optional):
             tensors[name] = rename.view.write(state[rename.ours].detach()).contiguous().clone()
-    return tensors
+    return tensors | {name: tensor.float() for name, tensor in layout.derived(model.config, names).items()}
 
 
 def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
@@ -194,6 +208,33 @@ def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[st
             elif got[there[0]].shape == tensor.shape and not torch.equal(got[there[0]], tensor):
                 faults.append(f"{name} differs from {there[0]}; they are one tensor in this family")
     return faults + [f"unexpected {name} {shape(got[name])}" for name in got if name not in known]
+
+
+def _derived_faults(derived: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """Stored tensors that are not what the config says; float32 is allowed beside the dtype of the others."""
+    faults: list[str] = []
+    allowed = (torch.float32, _dtype(got))
+    for name, tensor in got.items():
+        value = derived.get(name)
+        if value is None:
+            continue
+        if shape(tensor) != shape(value):
+            faults.append(f"{name} is {shape(tensor)}, expected {shape(value)}")
+        elif tensor.dtype not in allowed:
+            faults.append(
+                f"{name} is {tensor.dtype}, expected {' or '.join(sorted({str(dtype) for dtype in allowed}))}"
+            )
+        elif not torch.allclose(tensor.double(), value, rtol=torch.finfo(tensor.dtype).eps + FORMED, atol=0):
+            faults.append(f"{name} is not what the config makes it, {value.tolist()[:4]} ..")
+    return faults
+
+
+def _round(tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """Rounds the float32 tensors of a 16-bit checkpoint, filters aside; what to tell about it."""
+    wider = [name for name, tensor in tensors.items() if tensor.itemsize > dtype.itemsize and ".filter." not in name]
+    for name in wider:
+        tensors[name] = tensors[name].to(dtype)
+    return [f"{len(wider)} tensors stored in float32 were rounded to {dtype}, as the others are"] if wider else []
 
 
 def _dtype(got: Mapping[str, Tensor]) -> torch.dtype:

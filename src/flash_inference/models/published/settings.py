@@ -57,11 +57,30 @@ class Settings:
             raise self.error(name, value, "a finite number of at least 0")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+    def __contains__(self, name: str) -> bool:
+        """Whether a key is given, other than as null, and has not been taken."""
+        return self._left.get(name) is not None
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """True or false; a missing one is `default`, and told, or an error."""
         value = self._take(name, default)
         if type(value) is not bool:
             raise self.error(name, value, "true or false")
+        return value
+
+    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> str:
+        """One of a few words."""
+        value = self._take(name, default)
+        if value not in allowed:
+            raise self.error(name, value, f"one of {', '.join(map(repr, allowed))}")
+        return value
+
+    def indices(self, name: str) -> list[int]:
+        """A list of different whole numbers of at least 0."""
+        value = self._take(name, None)
+        good = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+        if not good or len(set(value)) != len(value):
+            raise self.error(name, value, "a list of different integers of at least 0")
         return value
 
     def only(self, why: str, **values: Any) -> None:
