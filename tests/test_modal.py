@@ -106,6 +106,17 @@ def test_a_pole_at_zero_gives_one_tap() -> None:
     assert torch.allclose(filter.taps(4), torch.tensor([[3.0, 0, 0, 0]], dtype=torch.float64), atol=1e-300, rtol=0)
 
 
+@pytest.mark.parametrize("made", [modal, s4d], ids=["modal", "s4d"])
+def test_stored_numbers_may_lie_on_any_8_bytes(made) -> None:
+    """As those of a mapped file do: complex numbers of 16 bytes must not be read there in place."""
+    filter = made().double()
+    expected = filter.taps(50)
+    for name, stored in list(filter.named_parameters()):
+        odd = torch.empty(stored.numel() + 1, dtype=torch.float64)[1:].view(stored.shape).copy_(stored.detach())
+        setattr(filter, name, torch.nn.Parameter(odd))
+    assert torch.equal(filter.taps(50), expected)
+
+
 def test_poles_outside_the_circle_while_the_taps_are_finite() -> None:
     filter = modal(2, 100).requires_grad_(False)
     filter.poles.div_(filter.poles.norm(dim=-1, keepdim=True)).mul_(1.01)

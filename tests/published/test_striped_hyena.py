@@ -280,7 +280,9 @@ def test_frequencies_that_the_config_does_not_make_are_refused(tmp_path):
 
 def test_more_positions_than_the_config_allows_are_refused(tmp_path):
     publish(tmp_path, BY_ID["evo"], max_seqlen=30)
-    with pytest.raises(LengthError, match="31 positions were given"):
+    with pytest.raises(
+        LengthError, match=r"31 positions were given; the config sets 30 .*`max_seqlen` in a published one"
+    ):
         fi.load(tmp_path)(torch.zeros(1, 31, dtype=torch.long))
 
 

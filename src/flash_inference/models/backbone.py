@@ -75,10 +75,7 @@ class LanguageModel(nn.Module):
                 "Was the text encoded with this model's tokens?"
             )
         if tokens.shape[1] > self.config.length:
-            raise LengthError(
-                f"{tokens.shape[1]} positions were given; the filter has {self.config.length} taps, the longest "
-                "sequence this model can run. Shorten the input, or train with a longer filter."
-            )
+            raise LengthError(f"{tokens.shape[1]} positions were given; {self.config.limit}")
         return tokens
 
     def decoder(self, length: int | None = None) -> Decoder:

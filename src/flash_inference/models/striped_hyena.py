@@ -69,19 +69,19 @@ class StripedHyenaConfig(ModelConfig):
 
     def ranges(self) -> dict[str, bool]:
         """Whether each field that has a range lies in it."""
-        sizes = (
-            "inner",
-            "heads",
-            "modes",
-            "feature_taps",
-            "short_taps",
-            "short_groups",
-            "medium_taps",
-            "medium_groups",
-        )
+        taps = ("feature_taps", "short_taps", "short_groups", "medium_taps", "medium_groups")
+        sizes = ("inner", "heads", "modes", *taps)
         own = {name: getattr(self, name) >= 1 for name in sizes}
         own |= {"norm_eps": self.norm_eps >= 0, "norm_eps_place": self.norm_eps_place in EPS_PLACES}
         return ModelConfig.ranges(self) | own
+
+    @property
+    def limit(self) -> str:
+        """What bounds the length, and the remedy, for messages."""
+        return (
+            f"the config sets {self.length} as the longest sequence. Shorten the input, or raise `length` there "
+            "(`max_seqlen` in a published one): no weight depends on it."
+        )
 
     def attention(self) -> AttentionConfig:
         """The settings of an attention layer."""

@@ -38,6 +38,15 @@ RUNTIME = (
 # ---------------------------------------------------------------------------------------------------- the rename table
 
 
+MLP = ((1, "gate"), (2, "up"), (3, "down"))
+INNER = {
+    "modal": (("filter.poles", "poles"), ("filter.residues", "residues"), ("skip", "D")),
+    "long": (("filter.log_poles", "log_poles"), ("filter.residues", "residues"), ("skip", "D")),
+    "medium": (("weight", "h"), ("skip", "D")),
+    "short": (("weight", "h"),),
+}
+
+
 def _prefix(names: Collection[str]) -> str:
     return "backbone." if any(name.startswith("backbone.") for name in names) else ""
 
@@ -59,9 +68,6 @@ def _renames(config: StripedHyenaConfig, names: Collection[str]) -> list[Rename]
     return table
 
 
-MLP = ((1, "gate"), (2, "up"), (3, "down"))
-
-
 def _attention(config: StripedHyenaConfig) -> list[tuple[str, str]]:
     names = [("mixer.qkv", "Wqkv", config.qkv_bias), ("mixer.out", "out_proj", config.attention_out_bias)]
     return [pair for ours, published, bias in names for pair in _linear(ours, f"inner_mha_cls.{published}", bias)]
@@ -73,14 +79,6 @@ def _convolution(config: StripedHyenaConfig, operator: str) -> list[tuple[str, s
     table += [("features.bias", "filter.short_filter_bias")] if config.feature_bias else []
     table += [(f"inner.{name}", f"filter.{published}") for name, published in INNER[operator]]
     return table
-
-
-INNER = {
-    "modal": (("filter.poles", "poles"), ("filter.residues", "residues"), ("skip", "D")),
-    "long": (("filter.log_poles", "log_poles"), ("filter.residues", "residues"), ("skip", "D")),
-    "medium": (("weight", "h"), ("skip", "D")),
-    "short": (("weight", "h"),),
-}
 
 
 def _linear(ours: str, published: str, bias: bool) -> list[tuple[str, str]]:
@@ -159,10 +157,9 @@ def _second(settings: Settings, tensors: Mapping[str, Tensor]) -> StripedHyenaCo
     # The published code gives every channel of a long filter poles of its own, whatever these say.
     settings.ignore("hcl_filter_groups", "hyena_filter_groups")
     settings.only("attention of the second kind has a key for every query head", proj_groups=1)
+    for name, default in (("interleave", False), ("hyena_flip_x1x2", False), ("column_split", True)):
+        settings.flag(name, default)  # `_second_rows` reads them.
     bias = settings.flag("qkv_proj_bias")
-    for name in ("interleave", "hyena_flip_x1x2"):
-        settings.flag(name, False)
-    settings.flag("column_split", True)
     if settings.flag("use_fp8_input_projections", False):
         settings.notes.append("input projections run in the precision of the weights, not in 8 bits")
     short, medium = settings.integer("hcs_filter_length"), settings.integer("hcm_filter_length")
@@ -197,11 +194,9 @@ def _config(
         raise settings.error("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     if heads % groups:
         raise settings.error("proj_groups", groups, f"a divisor of num_attention_heads, {heads}")
-    settings.flag("column_split_hyena", True)
+    settings.flag("column_split_hyena", True)  # `_first_rows` and `_second_rows` read it.
     settings.only("it is the width of the model", num_filters=width)
-    settings.only(
-        "this library computes the published models as they are by default", smeared_gqa=False, final_norm=True
-    )
+    settings.only("queries share keys in rows, and a norm stands before the head", smeared_gqa=False, final_norm=True)
     settings.only("filters run over all positions", long_fir_threshold=None)
     settings.only("the tensors are those of the whole model", model_parallel_size=1)
     vocab = settings.integer("vocab_size")
