@@ -305,7 +305,8 @@ def test_sixteen_bits_with_poles_in_float32(tmp_path):
         assert np.abs(exact - definition).max() <= 1e-9 * np.abs(definition).max()
         decoder, state = model.decoder(60), model.decoder(60).init(1, Blocked(60))
         cached = torch.cat([decoder.extend(state, torch.tensor([[token]]), every=True) for token in ids], 1)
-        assert np.abs(cached[0].float().numpy() - definition).max() <= 0.1 * np.abs(definition).max()
+        errors = [np.abs(x[0].float().numpy() - definition).max() for x in (cached, model(torch.tensor([ids])))]
+        assert errors[0] <= 2 * errors[1]
         fi.save(model, tmp_path / "ours")
         again = fi.load(tmp_path / "ours").state_dict()
         assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())

@@ -59,14 +59,6 @@ class ModelConfig(ABC):
             "pad_token": 0 <= self.pad_token < self.vocab_size,
         }
 
-    @property
-    def limit(self) -> str:
-        """What bounds the length, and the remedy, for messages."""
-        return (
-            f"the filter has {self.length} taps, the longest sequence this model can run. Shorten the input, or train "
-            "with a longer filter."
-        )
-
     @abstractmethod
     def blocks(self) -> list[Block]:
         """The blocks in order, with fresh weights."""
@@ -74,6 +66,14 @@ class ModelConfig(ABC):
     @abstractmethod
     def final_norm(self) -> nn.Module:
         """What stands between the last block and the head."""
+
+    @property
+    def limit(self) -> str:
+        """What bounds the length, and the remedy, for messages."""
+        return (
+            f"the filter has {self.length} taps, the longest sequence this model can run. Shorten the input, or train "
+            "with a longer filter."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
