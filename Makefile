@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # CUDA builds of torch bring their own; elsewhere its interpreter runs the GPU's kernels in the tests. Newest tested.
 TRITON := triton==3.6.0
+# The oldest and the newest transformers that its integration is tested with.
+TRANSFORMERS := 5.17.0 5.23.0
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-transformers lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/flash-inference demo
@@ -15,6 +17,17 @@ test: $(VENV)/ready-dev
 
 test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "not gpu" --slow -n auto
+
+test-transformers: $(TRANSFORMERS:%=.transformers-%/ready)
+	set -e; for version in $(TRANSFORMERS); do .transformers-$$version/bin/python -m pytest tests/test_transformers.py; done
+
+# A thin environment of its own for each version: it sees the packages of $(VENV), so that torch is there once.
+.transformers-%/ready: $(VENV)/ready-dev
+	$(BIN)/python -m venv .transformers-$*
+	.transformers-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .transformers-$*/site
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$(cat .transformers-$*/site)/shared.pth"
+	.transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers==$*
+	touch $@
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -40,4 +53,4 @@ $(VENV)/ready-dev: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) .transformers-* build dist *.egg-info src/*.egg-info

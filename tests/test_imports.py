@@ -20,6 +20,7 @@ OPTIONAL = {
     "hypothesis",
     "triton",
     "transformers",
+    "huggingface_hub",
     "fastapi",
     "pytest",
     "scipy",
@@ -52,6 +53,7 @@ def torchs_own() -> set[str]:
         "import flash_inference.tiling",
         "import flash_inference; flash_inference.generate, flash_inference.load, flash_inference.score",
         "import flash_inference.engine.plan",
+        "import flash_inference.integrations",
     ],
 )
 def test_optional_parts_stay_optional(statement: str, torchs_own: set[str]) -> None:
@@ -68,6 +70,13 @@ def test_strategies_without_hypothesis_say_what_to_install() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert out.returncode
     assert "needs hypothesis: pip install hypothesis" in out.stderr
+
+
+def test_the_transformers_integration_says_what_to_install() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import flash_inference.integrations.transformers"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert out.returncode
+    assert "needs transformers: pip install 'flash-inference[transformers]'" in out.stderr
 
 
 def imported(path: Path) -> set[str]:

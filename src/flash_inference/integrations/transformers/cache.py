@@ -80,12 +80,11 @@ class PastLayer(CacheLayerMixin):
         start = starts(mask, tokens, P)
         known = tokens[:, :0] if self.tokens is None else self.tokens
         decoder, state = self._follow(known, start, P + N, prompt=P or N)
-        # A step that is interrupted leaves no state behind, so that the next one reads the tokens again.
-        self._state = None
+        self._state = None  # A step that is interrupted leaves none behind, and the next one reads the tokens again.
         order = torch.tensor(self._slots, device=tokens.device)
         by_slot = tokens[order.argsort()]
         if self.record_past and self._anchor is None:
-            if N > keep:
+            if keep < N:
                 prefill(decoder, state, by_slot[:, :-keep])
             self._anchor = decoder.clone(state)
             by_slot = by_slot[:, -keep:]
@@ -101,17 +100,25 @@ class PastLayer(CacheLayerMixin):
             state, self._anchor = self._anchor, None
         same = self.start is not None and torch.equal(self.start, start)
         if decoder is None or state is None or not same or state.clock > P or state.room < length:
-            room = self.length if self.length >= length else min(2 * length, self.model.config.length)
-            new = max(room - prompt, 1)
+            if self.length < length:
+                self.length = min(2 * length, self.model.config.length)
+            new = max(self.length - prompt, 1)
             check_memory(self.model, len(known), prompt, new)
-            decoder = self.model.decoder(room)
+            decoder = self.model.decoder(self.length)
             state = decoder.init(len(known), default_tiling(new, prompt), start=start)
-            self._decoder, self._anchor, self._slots = decoder, None, list(range(len(known)))
-        if state.clock < P:
+            self._decoder, self._slots = decoder, list(range(len(known)))
+            if self._anchor is not None:
+                self._catch_up(decoder, state, known[:, : self._anchor.clock])
+                self._anchor = decoder.clone(state)
+        self._catch_up(decoder, state, known)
+        return decoder, state
+
+    def _catch_up(self, decoder: Decoder, state: ModelState, known: Tensor) -> None:
+        """Runs those of the tokens `known` [B, P] that the state does not have yet."""
+        if state.clock < known.shape[1]:
             self._state = None
             order = torch.tensor(self._slots, device=known.device).argsort()
             prefill(decoder, state, known[order, state.clock :])
-        return decoder, state
 
     # --------------------------------------------------------------------------------------------------- going back
 
@@ -129,7 +136,7 @@ class PastLayer(CacheLayerMixin):
             )
         if self.tokens is not None:
             self.tokens = self.tokens[:, : P + tokens_to_remove]
-        if tokens_to_remove == 0:
+        if self._state is not None and self._state.clock == self.get_seq_length():
             self._anchor = None
 
     # ----------------------------------------------------------------------------------------------------------- rows
@@ -140,11 +147,13 @@ class PastLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
-        self._take([row for row in range(max(self.batch_size, 0)) for _ in range(repeats)])
+        if self.tokens is not None:
+            self._take([row for row in range(len(self.tokens)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """The rows `indices` (numbers, or a mask), in that order."""
-        self._take(torch.arange(max(self.batch_size, 0))[indices.cpu()].tolist())
+        if self.tokens is not None:
+            self._take(torch.arange(len(self.tokens))[indices.cpu()].tolist())
 
     def _take(self, rows: Sequence[int]) -> None:
         if self.tokens is None or self.start is None:
@@ -226,6 +235,6 @@ def check_length(model: LanguageModel, positions: int) -> None:
     """Raises LengthError if a model cannot run so many positions."""
     if positions > model.config.length:
         raise LengthError(
-            f"{positions} positions were asked for, padding and new tokens included; this model's filter has "
+            f"{positions} positions were asked for, padding, new tokens and drafts included; this model's filter has "
             f"{model.config.length} taps, the most it can run. Shorten the prompt, or ask for fewer new tokens."
         )

@@ -20,8 +20,8 @@ def ranges(mask: Tensor | None, tokens: Tensor, past: int = 0) -> tuple[Tensor, 
         return torch.zeros(batch, dtype=torch.long, device=device), torch.full((batch,), length, device=device)
     if mask.shape != (batch, length):
         raise ShapeError(
-            f"attention_mask has shape {list(mask.shape)}; expected {[batch, length]}: a row for each row of input_ids, "
-            f"and a column for each of {past} past and {new} new positions."
+            f"attention_mask has shape {list(mask.shape)}; expected {[batch, length]}: the rows of input_ids, and a "
+            f"column for each of {past} past and {new} new positions."
         )
     real = mask.to(device) != 0
     count = real.sum(-1)
@@ -42,7 +42,7 @@ def starts(mask: Tensor | None, tokens: Tensor, past: int = 0) -> Tensor:
     short = stop != past + tokens.shape[1]
     if short.any():
         raise ShapeError(
-            f"attention_mask pads row {int(short.nonzero()[0])} on the right; with a cache rows are padded on the left, "
-            "since all of them go on behind the last column. Set tokenizer.padding_side = 'left'."
+            f"attention_mask pads row {int(short.nonzero()[0])} on the right; with a cache rows are padded on the "
+            "left, since all of them go on behind the last column. Set tokenizer.padding_side = 'left'."
         )
     return start

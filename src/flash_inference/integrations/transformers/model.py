@@ -6,18 +6,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import (  # type: ignore[import-not-found]
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel  # type: ignore[import-not-found]  # type: ignore[import-not-found]
 from transformers.modeling_outputs import CausalLMOutputWithPast  # type: ignore[import-not-found]
 
 from flash_inference.errors import CheckpointError, ModelError, SettingError, ShapeError
 from flash_inference.integrations.transformers.cache import FlashInferenceCache, check_length
 from flash_inference.integrations.transformers.config import FlashInferenceConfig
-from flash_inference.integrations.transformers.mask import ranges, starts
+from flash_inference.integrations.transformers.mask import ranges
 from flash_inference.models.backbone import LanguageModel
 
 
@@ -100,6 +95,10 @@ class FlashInferenceForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits[:, logits_to_keep]
         loss = None
         if labels is not None:
+            if past_key_values is None:
+                # A padded row's first token has nothing before it that could foretell it.
+                first = ranges(attention_mask, input_ids)[0][:, None]
+                labels = labels.masked_fill(torch.arange(N, device=labels.device) == first, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -130,12 +129,14 @@ class FlashInferenceForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; a model with long convolutions "
                 "has no keys and values to keep that way. Leave cache_implementation out."
             )
-        check_length(self.model, max_cache_length + 1)
+        # Prompt lookup drafts past the end, up to its number of tokens; other drafts stay below it.
+        longest = max_cache_length + 1 + (generation_config.prompt_lookup_num_tokens or 0)
+        check_length(self.model, longest)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache:
-            cache = FlashInferenceCache(self.model, max_cache_length)
+            cache = FlashInferenceCache(self.model, longest)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
@@ -143,6 +144,10 @@ class FlashInferenceForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_attention_mask_for_generation(self, inputs_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Ones: without a mask all tokens are real, the pad token's too, which may be a model's start token."""
         return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises SettingError: the pages of transformers' continuous batching hold keys and values."""
+        raise SettingError("paged batches hold keys and values; this library has batches of its own. Use generate.")
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
