@@ -26,7 +26,7 @@ test-transformers: $(TRANSFORMERS:%=.transformers-%/ready)
 	$(BIN)/python -m venv .transformers-$*
 	.transformers-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .transformers-$*/site
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$(cat .transformers-$*/site)/shared.pth"
-	.transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers==$*
+	.transformers-$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
 	touch $@
 
 lint: $(VENV)/ready-dev

@@ -1,7 +1,7 @@
 """This library's models behind the interface of Hugging Face transformers.
 
-`generate`, `pipeline`, `save_pretrained`. Importing it registers the model type "flash_inference" with the Auto classes.
-It needs transformers 5.17 or newer; nothing else here does.
+`generate`, `pipeline`, `save_pretrained`. Importing it registers the model type "flash_inference" with the Auto
+classes. It needs transformers 5.17 or newer; nothing else here does.
 """
 
 from __future__ import annotations
