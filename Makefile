@@ -19,7 +19,7 @@ test-all: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "not gpu" --slow -n auto
 
 test-transformers: $(TRANSFORMERS:%=.transformers-%/ready)
-	set -e; for version in $(TRANSFORMERS); do .transformers-$$version/bin/python -m pytest tests/test_transformers.py; done
+	set -e; for version in $(TRANSFORMERS); do .transformers-$$version/bin/python -m pytest tests/test_transformers.py -n auto; done
 
 # A thin environment of its own for each version: it sees the packages of $(VENV), so that torch is there once.
 .transformers-%/ready: $(VENV)/ready-dev
