@@ -64,7 +64,7 @@ class Leaky(nn.Module):
 
     def extend(self, past: LeakyPast, x: Tensor, moment: Moment) -> Tensor:
         outputs = []
-        for row in moment.mute(x).unbind(1):
+        for row in moment.enter(past, x).unbind(1):
             past.total.mul_(self.decay).add_(row)
             outputs.append(past.total.clone())
         return torch.stack(outputs, 1)
@@ -95,7 +95,7 @@ class Mean(nn.Module):
 
     def extend(self, past: MeanPast, x: Tensor, moment: Moment) -> Tensor:
         N, positions = x.shape[1], moment.positions(x.shape[1])
-        past.seen[:, moment.clock : moment.clock + N] = moment.mute(x)
+        past.seen[:, moment.clock : moment.clock + N] = moment.enter(past, x)
         sums = [past.seen[:, : moment.clock + n + 1].sum(1) for n in range(N)]
         return self.scale * torch.stack(sums, 1) / (positions + 1).clamp(min=1)[..., None]
 

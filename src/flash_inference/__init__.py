@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flash_inference.engine.adapt import LongPart, ShortPart, adapt
+from flash_inference.engine.drafters import ModelDraft, PromptLookup
 from flash_inference.engine.embed import embed
 from flash_inference.engine.generate import Generation, generate, stream
 from flash_inference.engine.score import score
@@ -22,7 +23,9 @@ __all__ = [
     "LanguageModel",
     "LongConv",
     "LongPart",
+    "ModelDraft",
     "OnlineConvolution",
+    "PromptLookup",
     "ShortConv",
     "ShortPart",
     "adapt",

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from flash_inference.engine.decode import decode, decoder_for
+from flash_inference.engine.drafters import Drafter
 from flash_inference.engine.plan import check_memory
 from flash_inference.engine.prompts import Prompt, as_rows, check_room, check_tiling
-from flash_inference.engine.sampling import Sampler, Sampling
-from flash_inference.errors import SamplingError, TokenError
+from flash_inference.engine.sampling import Sampler, Sampling, accepted_or_redrawn
+from flash_inference.engine.speculative import speculate
+from flash_inference.errors import SamplingError, SettingError, TokenError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.decoder import Decoder
 from flash_inference.tiling import Tiling
@@ -50,6 +52,7 @@ def generate(
     n: int = 1,
     logprobs: bool = False,
     tiling: Tiling | None = None,
+    draft: Drafter | None = None,
 ) -> Any:
     """New tokens [B * n, N], N <= max_new_tokens, exactly those of a full recompute at each step.
 
@@ -59,6 +62,8 @@ def generate(
     are filled with the model's pad token, and generation stops when all have ended. Temperature 0 is greedy; settings
     are those of `Sampling`. With `logprobs` the result is a `Generation(tokens, logprobs)`.
     `tiling` covers prompt + max_new_tokens - 1 positions; the default never waits for a large tile.
+    `draft` (`PromptLookup()`, `ModelDraft(smaller)`) proposes tokens, of which the model checks several in a pass:
+    greedy tokens stay the same, drawn ones keep their law; rows run one by one.
     Cost per token: one pass over the weights, and O(log^2 L) per channel for the mixers.
     Raises LengthError, TokenError, SamplingError, NumericsError or PlanError, all but NumericsError before any compute.
 
@@ -68,18 +73,18 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "allowed": allowed, "seed": seed, "stop_tokens": stop_tokens,
-        "stop": stop, "logprobs": logprobs, "tiling": tiling,
+        "stop": stop, "logprobs": logprobs, "tiling": tiling, "draft": draft,
     }  # fmt: skip
     if n < 1:
         raise SamplingError(f"n is {n}; expected at least 1 sample per prompt.")
     rows = as_rows(model, prompt)
     check_room(model, max(len(row) for row in rows), max_new_tokens)
-    lengths = {len(row) for row in rows}
-    groups = [rows] if len(lengths) == 1 else [[row] for row in rows]
+    samples = [row for row in rows for _ in range(n)]
+    together = n if len({len(row) for row in rows}) > 1 else len(samples)
+    together = together if draft is None else 1
     parts: list[Generation] = []
-    for index, group in enumerate(groups):
-        prompts = torch.stack([row for row in group for _ in range(n)])
-        first = index * n if len(groups) > 1 else 0
+    for first in range(0, len(samples), together):
+        prompts = torch.stack(samples[first : first + together])
         steps = list(_steps(model, prompts, first_row=first, **settings))
         tokens = torch.stack([step.tokens for step in steps], dim=1)
         chances = [step.logprobs for step in steps if step.logprobs is not None]
@@ -127,6 +132,7 @@ def _steps(
     stop: Sequence[str] | str = (),
     logprobs: bool = False,
     tiling: Tiling | None = None,
+    draft: Drafter | None = None,
     first_row: int = 0,
     allowed: Sequence[int] | None = None,
     **settings: Any,
@@ -138,17 +144,26 @@ def _steps(
     check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
     check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
     decoder = decoder_for(model, prompt.shape[1] + max_new_tokens, tiling, len(prompt))
+    if draft is not None:
+        check_draft(draft, model, decoder, prompt, max_new_tokens)
 
     def run() -> Iterator[Step]:
         chances: list[Tensor | None] = [None]
 
-        def choose(logits: Tensor) -> Tensor:
-            tokens = sampler(logits)
+        def choose(logits: Tensor, token: int | None = None, law: Tensor | None = None) -> Tensor:
+            if token is None or law is None:
+                tokens = sampler(logits)
+            else:
+                tokens = sampler.sample(accepted_or_redrawn(sampler.law(logits)[0], law, token)[None])
             if logprobs:
                 chances[0] = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
             return stops.fill(tokens)
 
-        source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling)
+        if draft is not None and isinstance(decoder, Decoder):
+            proposer = draft.begin(prompt[0], max_new_tokens, sampling, first_row)
+            source = speculate(decoder, prompt, choose, proposer, max_new_tokens=max_new_tokens, tiling=tiling)
+        else:
+            source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling)
         if not isinstance(decoder, Decoder) and not logprobs:
             from flash_inference.engine.graphs import stream_gpu
 
@@ -163,6 +178,15 @@ def _steps(
                 return
 
     return run()
+
+
+def check_draft(draft: Drafter, model: LanguageModel, decoder: object, prompt: Tensor, max_new_tokens: int) -> None:
+    """Raises SettingError where drafts cannot run, or what the drafter has against this model."""
+    if prompt.shape[0] > 1:
+        raise SettingError(f"a stream with draft= has one row, and this one {prompt.shape[0]}. Stream them one by one.")
+    if not isinstance(decoder, Decoder):
+        raise SettingError("the GPU's kernels do not draft. Move the model to the CPU, or leave draft out.")
+    draft.check(model, prompt.shape[1], max_new_tokens)
 
 
 class Stops:

@@ -82,8 +82,11 @@ class Payer:
             if kind is None:
                 self._collect(len(self._handed))
 
-    def __call__(self) -> None:
-        """Pays, or hands over, what became payable with the last position, and waits for what the next one reads."""
+    def __call__(self, drafts: int = 0) -> None:
+        """Pays, or hands over, what became payable with the last position, and waits for what the next one reads.
+
+        `drafts` is how many positions behind that one are read as well.
+        """
         stack = self.state.stack
         if stack is None:
             return
@@ -96,7 +99,7 @@ class Payer:
                     self._hand(tile, whole.due)
                 else:
                     near.append(tile)
-            self._settle(clock)
+            self._settle(clock + drafts)
             if near:
                 self._pay(near)
 

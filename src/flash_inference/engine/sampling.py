@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +86,37 @@ class Sampler:
                 check_finite(best.values)
             return best.indices
         scores = self.scores(logits)
-        if self.sampling.temperature == 0:
-            tokens = scores.argmax(-1)
-        else:
-            rows = scores.softmax(-1)
-            draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(rows, self._generators, strict=True)]
-            tokens = torch.cat(draws)
-        if self.sampling.repetition_penalty != 1:
-            self._seen.scatter_(1, tokens[:, None], True)
+        tokens = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores.softmax(-1))
+        self.remember(tokens[:, None])
         return tokens
+
+    def law(self, logits: Tensor) -> Tensor:
+        """The probabilities [B, V] in float64 by which a call with these logits [B, V] draws."""
+        scores = self.scores(logits).double()
+        if self.sampling.temperature == 0:
+            return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).double()
+        return scores.softmax(-1)
+
+    def sample(self, law: Tensor) -> Tensor:
+        """Tokens [B] drawn by a law [B, V]."""
+        tokens = self._draw(law)
+        self.remember(tokens[:, None])
+        return tokens
+
+    def remember(self, tokens: Tensor) -> None:
+        """Tokens [B, N] have been seen, for the penalty."""
+        if self.sampling.repetition_penalty != 1:
+            self._seen.scatter_(1, tokens, True)
+
+    def fork(self) -> Sampler:
+        """A sampler that has seen the same, and then sees for itself; both draw from the same generators."""
+        branch = copy(self)
+        branch._seen = self._seen.clone()
+        return branch
+
+    def _draw(self, law: Tensor) -> Tensor:
+        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(law, self._generators, strict=True)]
+        return torch.cat(draws)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits [B, V] after penalty, allowed set, temperature and the three cuts: -inf where nothing is drawn."""
@@ -154,6 +177,23 @@ class DeviceSampler(Sampler):
         if self.sampling.repetition_penalty != 1:
             self._seen.scatter_(1, tokens[:, None], True)
         return torch.where(logits.amax(-1).isfinite(), tokens, -2)
+
+
+def accepted_or_redrawn(p: Tensor, q: Tensor, token: int) -> Tensor:
+    """The law [V] of the next token, where the law q [V] has proposed `token` and the law p [V] is wanted.
+
+    It is the proposal with chance a = min(1, p/q), else a token by the residual: a 1[token] + (1 - a) r with
+    r = max(p - q, 0) / sum of it. Averaged over proposals by q this is p. r gives `token` no chance where a < 1, so
+    that the proposal is accepted exactly if it is what one draw from this law gives.
+    Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), arXiv 2211.17192.
+    """
+    accept, residual = min(float(p[token] / q[token]), 1.0), (p - q).clamp(min=0)
+    total = float(residual.sum())
+    if accept == 1 or total == 0:
+        return torch.nn.functional.one_hot(torch.tensor(token), len(p)).to(p)
+    law = residual * ((1 - accept) / total)
+    law[token] = accept
+    return law
 
 
 def check_finite(best: Tensor) -> None:

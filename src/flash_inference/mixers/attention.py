@@ -141,7 +141,7 @@ class Attention(nn.Module):
                 f"{N} more positions after {clock} make {clock + N}; the cache holds {slots}. Make it with "
                 f"init(batch, {clock + N})."
             )
-        q, k, v = self.project(moment.mute(x), moment.positions(N, x.device))
+        q, k, v = self.project(moment.enter(past, x), moment.positions(N, x.device))
         known = min(clock, slots)
         if ring and N > 1:
             order = torch.arange(clock - known, clock, device=x.device) % slots

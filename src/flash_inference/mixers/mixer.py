@@ -17,11 +17,13 @@ class Moment:
     """When an `extend` happens: `clock` positions are known, row b of the batch began at clock `start[b]`.
 
     `last_start` is the largest of the starts, where it is known beforehand: a device then need not be asked.
+    `entered` collects what enters each mixer, as pairs of its past and its inputs, where a draft wants to know it.
     """
 
     clock: int
     start: Tensor | None = None
     last_start: int | None = None
+    entered: list[tuple[Any, Tensor]] | None = None
 
     def positions(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """[B or 1, n]: the next n positions as each row counts them, from 0 at its start; negative before it."""
@@ -44,9 +46,18 @@ class Moment:
         alive = self.alive(x.shape[1], x.device)
         return x if alive is None else x.masked_fill(~alive[..., None], 0)
 
+    def enter(self, past: Any, x: Tensor) -> Tensor:
+        """The next inputs x [B, N, D] of the mixer with this past, muted; noted in `entered`."""
+        x = self.mute(x)
+        if self.entered is not None:
+            self.entered.append((past, x))
+        return x
+
 
 class Mixer(Protocol[Past]):
     """An operation along time: `forward` over a whole sequence, or `init` and `extend` a piece at a time.
+
+    `extend` lets its inputs in by `moment.enter(past, x)`, first of all: so drafts know them, to take them back.
 
     `Past` is a dataclass of tensors whose first axis is the batch: what the positions so far leave behind. It is made
     by `init`, advanced in place by `extend`, and can so be saved, forked, cut into rows and moved like any value.

@@ -79,7 +79,7 @@ class ModalConv(nn.Module):
     def extend(self, past: ModalPast, x: Tensor, moment: Moment) -> Tensor:
         """The next N positions x [B, N, C] -> [B, N, C], exact anywhere; `past` is advanced in place."""
         check_shape("x", x, "B N C", B=past.state.shape[0], C=self.channels)
-        x = moment.mute(x)
+        x = moment.enter(past, x)
         recurrence = self.recurrence()
         y, state = x.to(recurrence.readout.dtype), past.state
         with torch.autocast(x.device.type, enabled=False):

@@ -52,7 +52,7 @@ class ShortConv(nn.Module):
         What enters before a row's start is zeroed here, since the biases of earlier layers refill padded inputs.
         """
         N, edge = u.shape[1], self.taps - 1
-        padded = nn.functional.pad(moment.mute(u).transpose(1, 2), (edge, edge))
+        padded = nn.functional.pad(moment.enter(past, u).transpose(1, 2), (edge, edge))
         sums = nn.functional.conv1d(padded, self.weight, self.bias, groups=self.channels).transpose(1, 2)
         if edge:
             sums = torch.cat([sums[:, :edge] + (past.pending - self.bias), sums[:, edge:]], dim=1)

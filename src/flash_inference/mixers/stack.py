@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -201,12 +201,14 @@ class Stack:
         *,
         store: bool = True,
         staged: bool = True,
+        ahead: Tensor | None = None,
     ) -> None:
         """Adds what a tile's sources owe its targets, for all M convolutions. That it is due is up to the caller.
 
         `store` keeps the spectra made, for shapes that come again (a prompt's rectangle never does). Without
         `staged`, sources and targets are known to lie outside the staged block, and nothing that a step changes is
-        looked at: another thread may call.
+        looked at: another thread may call. `ahead` [N, B, M * D] stands for the next N positions' partial sums, in
+        place of the state's, which then keeps its own.
         """
         channels = slice(None)
         if isinstance(tile, Share):
@@ -218,8 +220,12 @@ class Stack:
         staged = staged and state.staged
         store = store and tile.sources.start >= state.tiling.origin
         filter = self.filter if store else self.passing
+        if ahead is None:
+            targets = self._columns(state, tile.targets, channels, state.partial if staged else None)
+        else:
+            targets = [(0, ahead[oldest - state.clock : tile.targets.stop - state.clock, :, channels])]
         for s, y in self._columns(state, tile.sources, channels, state.inputs if staged else None):
-            for t, out in self._columns(state, tile.targets, channels, state.partial if staged else None):
+            for t, out in targets:
                 first = (oldest - newest) + t + (len(tile.sources) - s - y.shape[0])
                 tile_conv(y, filter, first, out=out, channels=channels, impl=impl)
 
@@ -231,14 +237,35 @@ class Stack:
             if not state.staged:
                 self._stage(state)
             return
-        first, block = state.base, state.block
         self._unstage(state)
-        inline = state.tiling.block > 1 and state.clock >= state.tiling.origin
-        for item in state.tiling.span(state.clock, n).before:
-            tile = item.tile if isinstance(item, Share) else item
-            within = tile.sources.start >= first and tile.targets.stop <= first + block  # type: ignore[union-attr]
-            if not (inline and within):
-                self.apply(state, item, store=False)  # type: ignore[arg-type]
+        for item in self._before(state, n):
+            self.apply(state, item, store=False)
+
+    def ahead(self, state: StackState, n: int) -> Tensor:
+        """What the next n positions [n, B, M * D] get from the positions known, once all of it is paid.
+
+        The state stays as it is. What is due must have been paid, also by those who pay beside the steps. Costs no tile
+        inside the base block. Raises LengthError.
+        """
+        if state.tiling.length is None and n > self.chunk(state.tiling):
+            raise LengthError(f"{n} positions ahead in a ring; expected at most {self.chunk(state.tiling)}.")
+        self.pieces(state, n)
+        positions = range(state.clock, state.clock + n)
+        columns = self._columns(state, positions, slice(None), state.partial if state.staged else None)
+        sums = torch.cat([column for _, column in columns]).to(self.filter.rho.dtype)
+        for item in self._before(state, n):
+            self.apply(state, item, store=False, ahead=sums)
+        return sums
+
+    def enter(self, state: StackState, y: Tensor) -> None:
+        """One step whose inputs y [B, M * D] are known beforehand, as `begin(1)`, every `mix` and `commit(1)`."""
+        self.begin(state, 1)
+        if state.staged:
+            state.inputs[state.row] = y
+        else:
+            slot = self._slot(state, state.clock)
+            state.history[:, :, slot] = y.T
+        self.commit(state, 1)
 
     def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
         """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""
@@ -283,6 +310,16 @@ class Stack:
             sources = range(max(state.base, start), stop)
             self.apply(state, Rectangle(sources, range(stop, state.base + state.block)), store=False)
         self._clear(state)
+
+    def _before(self, state: StackState, n: int) -> Iterator[Rectangle | Share]:
+        """What a chunk of the next n positions is owed before it is read, but for pairs that steps have paid inline."""
+        first, stop = state.base, state.base + state.block
+        inline = state.tiling.block > 1 and state.clock >= state.tiling.origin
+        for item in state.tiling.span(state.clock, n).before:
+            tile = item.tile if isinstance(item, Share) else item
+            within = tile.sources.start >= first and tile.targets.stop <= stop  # type: ignore[union-attr]
+            if not (inline and within):
+                yield item  # type: ignore[misc]
 
     def _slot(self, state: StackState, clock: int) -> int:
         slot = clock - state.tiling.origin + _lead(state.tiling, state.block)

@@ -16,6 +16,7 @@ from flash_inference.errors import LengthError
 from flash_inference.mixers.mixer import Moment, clone, tensors
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.models.block import BlockPast, Convolutions, common_stride
+from flash_inference.models.draft import Draft
 from flash_inference.models.fused import fused_step, pack_short
 from flash_inference.ops.decode_step import BoundStep
 from flash_inference.ops.memory import roomy_zeros
@@ -75,7 +76,7 @@ class Decoder:
         self.model, self.config, self.length = model, model.config, length
         groups = [block.convolutions for block in model.blocks]
         counts = [sum(group.count for group in of_block) for of_block in groups]
-        self._first = [0, *accumulate(counts)]
+        self.first = [0, *accumulate(counts)]
         self.stack = _stack([group for of_block in groups for group in of_block], length, spectra_bytes)
         self.fused = fused_step(model, self.stack.diagonal) if self.stack else None
         if self.fused:
@@ -154,6 +155,13 @@ class Decoder:
         logits = torch.from_numpy(np.dot(h.numpy(), self._head))
         return logits[:, None] if every else logits
 
+    def draft(self, state: ModelState) -> Draft:
+        """A tentative continuation: its `extend` reads tokens without writing to the state, its `commit` accepts some.
+
+        What is due is paid first.
+        """
+        return Draft(self, state)
+
     @torch.no_grad()
     def hidden(self, state: ModelState, tokens: Tensor, layer: int = -1) -> Tensor:
         """The next tokens [B, N] -> hidden states [B, N, D]: after the embedding (layer 0), each block, the final norm.
@@ -198,7 +206,7 @@ class Decoder:
         x, moment = self.model.embedding(tokens), state.moment
         wanted = x
         for index, (block, pasts) in enumerate(zip(self.model.blocks, state.pasts, strict=True)):
-            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, state, self._first[index])))
+            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, state, self.first[index])))
             wanted = x if index < layer else wanted
         if self.stack and state.stack:
             self.stack.commit(state.stack, N)

@@ -1,0 +1,122 @@
+"""Speculative decoding: a drafter proposes tokens, and the model checks several of them in one tentative pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flash_inference.engine.decode import cores, default_tiling, prefill
+from flash_inference.engine.drafters import Proposer
+from flash_inference.engine.payer import Payer
+from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.tiling import Tiling
+
+FIRST, MOST = 4, 16
+COST, EACH = 3.0, 0.1
+SHARE, SAVED = 0.03, 16.0
+
+
+class Check(Protocol):
+    """Chooses the token [1] behind logits [1, V], where `token` was proposed for it, drawn from `law` [V] if any."""
+
+    def __call__(self, logits: Tensor, token: int | None = None, law: Tensor | None = None) -> Tensor: ...
+
+
+class Pace:
+    """How many tokens to propose: twice as many after all were accepted, few after some were not.
+
+    Drafts are paid from savings, in plain steps: one of k tokens costs `COST + EACH k` and saves one step for every
+    token it yields. Each plain step puts `SHARE` aside, so where nothing is ever accepted drafts take this share of the
+    time; savings end at `SAVED`, so that a good stretch is not spent on a bad one. Depends on what was accepted alone,
+    not on any clock: a seed repeats a run.
+    """
+
+    def __init__(self, savings: float = SAVED / 4) -> None:
+        self.savings, self.length = savings, FIRST
+
+    def most(self) -> int:
+        """The tokens to propose now; 0 while savings do not cover a draft that fails."""
+        return self.length if self.savings >= cost(self.length) - 1 else 0
+
+    def stepped(self) -> None:
+        """Takes notice of a plain step."""
+        self.savings = min(self.savings + SHARE, SAVED)
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """Takes notice of a draft."""
+        self.savings = min(self.savings + accepted + 1 - cost(proposed), SAVED)
+        self.length = min(2 * self.length, MOST) if accepted == proposed else FIRST
+
+
+def cost(proposed: int) -> float:
+    """What a draft of so many tokens costs, in plain steps."""
+    return COST + EACH * proposed
+
+
+def speculate(
+    decoder: Decoder,
+    prompt: Tensor,
+    choose: Check,
+    proposer: Proposer,
+    *,
+    max_new_tokens: int,
+    tiling: Tiling | None = None,
+    beside: bool | None = None,
+    pace: Pace | None = None,
+) -> Iterator[Tensor]:
+    """As `decode`, for one row [1, P]: the same tokens, or tokens of the same law, with fewer passes.
+
+    A pass reads the newest token and k proposed ones, and gives the logits behind each. Tokens are chosen from these
+    in order, up to the first that is not the proposed one; those read in vain are forgotten. Where no proposal is worth
+    it the pass is a plain step.
+    """
+    length, device = prompt.shape[1], decoder.model.embedding.weight.device
+    state = decoder.init(1, tiling or default_tiling(max(max_new_tokens - 1, 1), length))
+    logits = prefill(decoder, state, prompt.to(device)).cpu()
+    pace = pace or Pace()
+    with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
+        token = choose(logits)
+        proposer.see(token.tolist())
+        yield token
+        left = max_new_tokens - 1
+        while left:
+            most = min(pace.most(), left - 1, _inside(state) - 1)
+            proposed, laws = proposer.propose(most) if most > 0 else ([], None)
+            pay(len(proposed))
+            if not proposed:
+                token = choose(decoder.extend(state, token[:, None].to(device)).cpu())
+                pace.stepped()
+                proposer.see(token.tolist())
+                left -= 1
+                yield token
+                continue
+            draft = decoder.draft(state)
+            behind = draft.extend(torch.tensor([[int(token), *proposed]], device=device)).cpu()
+            accepted, chosen = 0, []
+            for i, logits in enumerate(behind.unbind(1)):
+                guess = proposed[i] if i < len(proposed) else None
+                token = choose(logits, guess, None if laws is None or guess is None else laws[i])
+                chosen.append(int(token))
+                left -= 1
+                yield token
+                if int(token) != guess:
+                    break
+                accepted += 1
+            if left:
+                draft.commit(accepted + 1, pay)
+            pace.drafted(len(proposed), accepted)
+            proposer.see(chosen)
+
+
+def _inside(state: ModelState) -> int:
+    """Positions that a draft may have without computing tiles that steps would compute again.
+
+    These are the positions left in the base block, where the tiling has blocks.
+    """
+    stack = state.stack
+    if stack is None or stack.tiling.block == 1 or stack.clock < stack.tiling.origin:
+        return MOST + 1
+    return stack.base + stack.block - stack.clock

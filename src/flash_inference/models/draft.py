@@ -1,0 +1,101 @@
+"""Tokens that may be taken back: what a model says behind them, before any of them is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flash_inference.errors import LengthError, ModelError, StateError
+from flash_inference.mixers.draft import StackDraft
+from flash_inference.mixers.mixer import clone
+from flash_inference.models.block import BlockPast
+
+if TYPE_CHECKING:
+    from flash_inference.models.decoder import Decoder, ModelState
+
+
+class Draft:
+    """A tentative continuation of a state: `extend` reads tokens, `commit(n)` accepts the first n of them.
+
+    The state is not written to before `commit`: to reject a draft is to forget it, and what follows is bit for bit what
+    it would have been. Convolution inputs stand in a log, each mixer works on a copy of its past, and `commit` enters
+    the accepted inputs as steps do, without the model's matrices. A draft belongs to the clock that it was made at.
+    Memory: n inputs of every convolution and mixer, and a copy of the mixers' pasts.
+    Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), arXiv 2211.17192.
+    """
+
+    def __init__(self, decoder: Decoder, state: ModelState) -> None:
+        self.decoder, self.state, self.clock, self.length = decoder, state, state.clock, 0
+        if state.stack:
+            decoder.settle(state)
+        self.stack = StackDraft(decoder.stack, state.stack) if decoder.stack and state.stack else None
+        self.pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
+        self.entered: list[list[Tensor]] = [[] for pasts in state.pasts for _ in pasts]
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """The next tokens [B, N] -> logits [B, N, V] behind each. Raises TokenError, LengthError, StateError."""
+        model, decoder, N = self.decoder.model, self.decoder, tokens.shape[1]
+        self._check_clock()
+        tokens, stop = model.check_tokens(tokens), self.clock + self.length + N
+        if stop > self.state.room and not self.stack:
+            raise LengthError(f"drafts up to position {stop}; the state holds {self.state.room}. Draft fewer tokens.")
+        if self.stack:
+            self.stack.begin(N)
+        x, logs = model.embedding(tokens), iter(self.entered)
+        for index, (block, pasts) in enumerate(zip(model.blocks, self.pasts, strict=True)):
+            inputs: list[tuple[Any, Tensor]] = []
+            moment = replace(self.state.moment, clock=self.clock + self.length, entered=inputs)
+            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, decoder.first[index])))
+            for past, mixer in zip(pasts, block.mixers, strict=True):
+                next(logs).append(_entered(inputs, past, mixer))
+        self.length += N
+        return model.head(model.norm(x))
+
+    @torch.no_grad()
+    def commit(self, n: int, pay: Callable[[], None] | None = None) -> None:
+        """Accepts the first n tokens and forgets the others; tiles are then due as after steps. Raises StateError.
+
+        `pay` pays what is due before each of them (default: at once).
+        """
+        self._check_clock()
+        if not 0 <= n <= self.length:
+            raise StateError(f"cannot commit {n} of {self.length} drafts; expected 0 to {self.length}.")
+        state, logs = self.state, iter(self.entered)
+        for block, pasts in zip(self.decoder.model.blocks, state.pasts, strict=True):
+            for mixer, past in zip(block.mixers, pasts, strict=True):
+                inputs = next(logs)
+                if n:
+                    mixer.extend(past, torch.cat(inputs, dim=1)[:, :n], state.moment)
+        if self.stack and self.decoder.stack:
+            for inputs in self.stack.inputs[:n]:
+                if pay:
+                    pay()
+                self.decoder.stack.enter(self.stack.state, inputs)
+        state.clock += n
+
+    def _mix(self, first: int, o: int, y: Tensor) -> Tensor:
+        assert self.stack is not None
+        return self.stack.mix(first + o, y)
+
+    def _check_clock(self) -> None:
+        if self.state.clock != self.clock:
+            raise StateError(
+                f"the draft was made at position {self.clock} and the state is at {self.state.clock}. Make a new draft."
+            )
+
+
+def _entered(inputs: list[tuple[Any, Tensor]], past: Any, mixer: Any) -> Tensor:
+    """What entered the mixer with this past."""
+    for of, x in inputs:
+        if of is past:
+            return x
+    raise ModelError(
+        f"{type(mixer).__name__}.extend did not let its inputs in by moment.enter(past, x), so that drafts cannot be "
+        "taken back. Call it first of all."
+    )
