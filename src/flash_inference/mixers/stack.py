@@ -311,6 +311,27 @@ class Stack:
             self.apply(state, Rectangle(sources, range(stop, state.base + state.block)), store=False)
         self._clear(state)
 
+    def rewound(self, state: StackState, clock: int, tiling: Tiling) -> StackState:
+        """A new state at an earlier clock: the inputs before it, and one rectangle due that pays them forward.
+
+        `tiling` begins after them (`Prompted(inner, clock)`). The same sums as before, in another order. Raises
+        StateError for a clock to come, for a tiling that begins elsewhere, and for rings, whose old rows are reused.
+        """
+        if not 0 < clock <= state.clock or state.tiling.length is None:
+            raise StateError(
+                f"cannot go back to {clock} of {state.clock} positions of {state.tiling!r}; expected one of the "
+                "positions known, of a tiling with a length."
+            )
+        if tiling.origin != clock:
+            raise StateError(f"{tiling!r} begins at {tiling.origin}; expected Prompted(inner, {clock}).")
+        back = self.init(len(state.start), tiling, dtype=state.history.dtype, start=state.start)
+        known = range(clock)
+        for offset, y in self._columns(state, known, slice(None), state.inputs if state.staged else None):
+            for _, row in self._columns(back, range(offset, offset + len(y)), slice(None), None):
+                row.copy_(y)
+        back.clock, back.paid = clock, clock - 1
+        return back
+
     def _before(self, state: StackState, n: int) -> Iterator[Rectangle | Share]:
         """What a chunk of the next n positions is owed before it is read, but for pairs that steps have paid inline."""
         first, stop = state.base, state.base + state.block
