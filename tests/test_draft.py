@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import LENGTH, MODELS, Leaky, patterns, toy
 from torch import Tensor
 
 from flash_inference.errors import LengthError, ModelError, StateError, TilingError
@@ -21,6 +20,7 @@ from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.testing import causal_conv_oracle, random_model
 from flash_inference.testing.strategies import chunks, makers, tilings
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread
+from test_families import LENGTH, MODELS, Leaky, patterns, toy
 
 EXACT = 1e-9
 COUNT, WIDTH = 2, 3

@@ -75,7 +75,7 @@ class PromptLookup:
     def begin(self, prompt: Tensor, max_new_tokens: int, sampling: Sampling, row: int) -> Lookup:
         """An index of the prompt [P]."""
         lookup = Lookup(self.ngram)
-        lookup.see(prompt.tolist())
+        lookup.see([int(token) for token in prompt.numpy()])
         return lookup
 
 
@@ -133,7 +133,8 @@ class Apprentice:
         self.state = self.decoder.init(1, default_tiling(positions, len(prompt)))
         own = replace(sampling, seed=None if sampling.seed is None else (sampling.seed ^ APART) % 2**63)
         self.sampler = Sampler(own, 1, model.config.vocab_size, seen=[prompt], first_row=row)
-        self.unread, self.device = prompt.tolist(), model.embedding.weight.device
+        self.device = model.embedding.weight.device
+        self.unread = [int(token) for token in prompt.numpy()]
         self.draft: Draft | None = None
         self.drafted: list[int] = []
 

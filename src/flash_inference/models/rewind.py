@@ -32,9 +32,9 @@ def mark(state: ModelState) -> Mark:
 def rewind(decoder: Decoder, state: ModelState, mark: Mark, tiling: Tiling) -> ModelState:
     """A new state at the position of a mark made on this one; `state` stays as it is.
 
-    `tiling` begins there (`Prompted(inner, mark.clock)`), and is no longer than the state's. The convolutions' partial sums
-    are built anew by one rectangle, at O(L log L) per channel: right within rounding, and not bit-equal to the first
-    time, since sums are formed in another order. Drafts (`Decoder.draft`) go back for nothing, and bit-equally.
+    `tiling` begins there (`Prompted(inner, mark.clock)`), and is no longer than the state's. The convolutions' partial
+    sums are built anew by one rectangle, at O(L log L) per channel: right within rounding, and not bit-equal to the
+    first time, since sums are formed in another order. Drafts (`Decoder.draft`) go back for nothing, and bit-equally.
     Raises StateError and LengthError.
     """
     if mark.clock > state.clock:

@@ -1,0 +1,86 @@
+"""How many tokens per second does prompt lookup save on repetitive text, and what does it cost on random text?
+
+The shipped model "shakespeare" at batch 1 against plain decoding of the same prompts. Repetitive: eleven characters
+over and over, behind which the model's greedy text soon runs in a circle of its own. Random: letters drawn at random,
+and tokens drawn at temperature 1.5, so that the text hardly ever follows an earlier place. Tokens are compared before
+a time is kept. Runs take turns, and times count from the first token on; a speedup is the median of the ratios of neighbours.
+The ratio of CPU times is given beside, since it does not count the load of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flash_inference import PromptLookup, load, stream
+from rows import RESULTS, write
+
+REPETITIVE = "abcdefghij " * 40
+
+
+def timed(**settings: Any) -> tuple[torch.Tensor, float, float]:
+    """Tokens, seconds of the clock and of the processor from the first token to the last."""
+    steps = stream(**settings)
+    tokens = [next(steps)]
+    wall, cpu = time.perf_counter(), time.process_time()
+    tokens += steps
+    return torch.stack(tokens, 1), time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the question and writes benchmarks/results/speculative.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="few tokens, once; the rows are printed, not written")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
+    args = parser.parse_args(argv)
+    new, repeats = (128, 1) if args.quick else (args.tokens, args.repeats)
+    model = load("shakespeare")
+    letters = torch.randint(32, 127, (1, 512), generator=torch.Generator().manual_seed(0))
+    cases: dict[str, dict[str, Any]] = {
+        "repetitive": {"prompt": REPETITIVE},
+        "random": {"prompt": letters, "temperature": 1.5, "seed": 0},
+    }
+    rows: list[dict[str, object]] = []
+    for case, settings in cases.items():
+        run = {"model": model, "max_new_tokens": new, **settings}
+        plain, drafted = [], []
+        for repeat in range(repeats + 1):
+            one, *slow = timed(**run)
+            two, *fast = timed(**run, draft=PromptLookup())
+            if not torch.equal(one, two):
+                sys.exit(f"{case}: tokens differ from plain decoding; nothing is reported.")
+            if repeat or args.quick:
+                plain.append(slow)
+                drafted.append(fast)
+        before, after = np.array(plain), np.array(drafted)
+        ratios = before / after
+        wall = np.quantile(ratios[:, 0], [0, 0.5, 1])
+        rows.append(
+            {
+                "question": "speculative",
+                "case": case,
+                "tokens": new,
+                "plain_tokens_per_s": round(new / float(np.median(before[:, 0]))),
+                "drafted_tokens_per_s": round(new / float(np.median(after[:, 0]))),
+                "speedup": round(float(wall[1]), 3),
+                "speedup_least": round(float(wall[0]), 3),
+                "speedup_most": round(float(wall[2]), 3),
+                "cpu_time_ratio": round(float(np.median(ratios[:, 1])), 3),
+                "repeats": repeats,
+            }
+        )
+        print(rows[-1], file=sys.stderr)
+    if not args.quick:
+        print(write("speculative", rows, args.out))
+
+
+if __name__ == "__main__":
+    main()
