@@ -3,8 +3,8 @@
 The shipped model "shakespeare" at batch 1 against plain decoding of the same prompts. Repetitive: eleven characters
 over and over, behind which the model's greedy text soon runs in a circle of its own. Random: letters drawn at random,
 and tokens drawn at temperature 1.5, so that the text hardly ever follows an earlier place. Tokens are compared before
-a time is kept. Runs take turns, and times count from the first token on; a speedup is the median of the ratios of neighbours.
-The ratio of CPU times is given beside, since it does not count the load of others.
+a time is kept. Runs take turns, and times count from the first token on; a speedup is the median of the
+ratios of neighbours. The ratio of CPU times is given beside, since it does not count the load of others.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from flash_inference.tiling import Tiling
 
 FIRST, MOST = 8, 31
 COST, EACH = 6.0, 0.15
-SHARE, SAVED = 0.02, 24.0
+SHARE, SAVED = 0.01, 24.0
 TRIES = 2
 
 
