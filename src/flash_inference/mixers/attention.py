@@ -84,7 +84,7 @@ class AttentionConfig:
 
 @dataclass(slots=True)
 class AttentionPast:
-    """`keys` and `values` [B, kv heads, slots, head width]: clock c is in slot c, or in c modulo slots of a window."""
+    """`keys` and `values` [B, kv heads, slots, head width]: clock c is in slot c modulo slots."""
 
     keys: Tensor
     values: Tensor
@@ -126,6 +126,20 @@ class Attention(nn.Module):
         """Positions that a cache for `length` of them holds."""
         return length if self.config.window is None else min(length, self.config.window)
 
+    def period(self, length: int) -> int:
+        """Clocks after which a clock's slot repeats."""
+        return self.slots(length)
+
+    def moved(self, past: AttentionPast, known: range, clock: int, length: int) -> AttentionPast:
+        """One row's keys and values of the clocks `known`, as far as they are kept, as if they ended before `clock`."""
+        moved = self.init(1, length)
+        slots, old = moved.keys.shape[2], past.keys.shape[2]
+        kept = torch.arange(known.stop - min(len(known), slots, old), known.stop, device=past.keys.device)
+        places = (kept + clock - known.stop) % slots
+        moved.keys[:, :, places] = past.keys[:, :, kept % old]
+        moved.values[:, :, places] = past.values[:, :, kept % old]
+        return moved
+
     @torch.no_grad()
     def extend(self, past: AttentionPast, x: Tensor, moment: Moment) -> Tensor:
         """The next N positions x [B, N, D] -> [B, N, D], exact anywhere; `past` is advanced in place.
@@ -135,15 +149,15 @@ class Attention(nn.Module):
         """
         check_shape("x", x, "B N D", B=past.keys.shape[0], D=self.config.width)
         N, clock, slots = x.shape[1], moment.clock, past.keys.shape[2]
-        ring = self.config.window is not None and slots == self.config.window
-        if clock + N > slots and not ring:
+        windowed = self.config.window is not None and slots == self.config.window
+        if clock + N - moment.first_start > slots and not windowed:
             raise LengthError(
                 f"{N} more positions after {clock} make {clock + N}; the cache holds {slots}. Make it with "
                 f"init(batch, {clock + N})."
             )
         q, k, v = self.project(moment.enter(past, x), moment.positions(N, x.device))
         known = min(clock, slots)
-        if ring and N > 1:
+        if clock + N > slots and N > 1:
             order = torch.arange(clock - known, clock, device=x.device) % slots
             keys, values = (
                 torch.cat([old[:, :, order], new], dim=2) for old, new in ((past.keys, k), (past.values, v))
@@ -181,7 +195,7 @@ class Attention(nn.Module):
         if plain and (N == 1 or N == S):
             return fused(q, k, v, is_causal=N > 1)
         seen = torch.arange(stop - S, stop, device=q.device)
-        if N == 1 and config.window == S:
+        if N == 1:
             seen = seen.roll(stop % S)
         outputs, size = [q[:, :, :0]], self.queries(S, q.shape[0])
         for at in range(0, N, size):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ Past = TypeVar("Past")
 class Moment:
     """When an `extend` happens: `clock` positions are known, row b of the batch began at clock `start[b]`.
 
-    `last_start` is the largest of the starts, where it is known beforehand: a device then need not be asked.
-    `entered` collects what enters each mixer, as pairs of its past and its inputs, where a draft wants to know it.
+    `last_start` is the largest of the starts, `first_start` the smallest of those that count, where they are known
+    beforehand: a device then need not be asked. `entered` collects what enters each mixer, as pairs of its past and its
+    inputs, where a draft wants to know it.
     """
 
     clock: int
     start: Tensor | None = None
     last_start: int | None = None
+    first_start: int = 0
     entered: list[tuple[Any, Tensor]] | None = None
 
     def positions(self, n: int, device: torch.device | str | None = None) -> Tensor:
@@ -52,6 +55,20 @@ class Moment:
         if self.entered is not None:
             self.entered.append((past, x))
         return x
+
+
+@runtime_checkable
+class Clocked(Protocol[Past]):
+    """A mixer whose past is laid out by the clock, so that a row that changes its clock or its room must be moved."""
+
+    def period(self, length: int, /) -> int:
+        """Clocks after which the layout of a past with room for `length` positions repeats."""
+        ...
+
+    def moved(self, past: Past, known: range, clock: int, length: int, /) -> Past:
+        """One row's past with the inputs of the clocks `known` as if they had come just before `clock`, in a past with
+        room for `length` positions."""
+        ...
 
 
 class Mixer(Protocol[Past]):
@@ -92,3 +109,16 @@ def clone(past: Past) -> Past:
     """An independent copy of a past."""
     with torch.inference_mode(False), torch.no_grad():
         return dataclasses.replace(past, **{name: tensor.clone() for name, tensor in tensors(past).items()})  # type: ignore[type-var]
+
+
+def select(past: Past, rows: Sequence[int]) -> Past:
+    """A copy of some rows of a past, in any order and number."""
+    with torch.inference_mode(False), torch.no_grad():
+        chosen = {name: tensor[list(rows)] for name, tensor in tensors(past).items()}
+        return dataclasses.replace(past, **chosen)  # type: ignore[type-var]
+
+
+def place(past: Any, row: int, other: Any) -> None:
+    """Writes another past of one row over row `row` of a past."""
+    for name, tensor in tensors(past).items():
+        tensor[row].copy_(getattr(other, name)[0])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flash_inference.errors import LengthError, ShapeError, StateError, TilingError
 from flash_inference.ops.memory import roomy_zeros
-from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, tile_conv, triangle_conv
-from flash_inference.tiling import Parallelogram, Rectangle, Share, Tiling
+from flash_inference.ops.tile_conv import NEAR, Impl, PreparedFilter, measured, tile_conv, triangle_conv
+from flash_inference.tiling import Parallelogram, Rectangle, Share, Tiling, clip_to_lives
 
 STAGE = 32
 CHUNK = 4096
@@ -30,7 +30,8 @@ class StackState:
     `clock` counts the positions known; `paid` how many of them have paid their tiles, `owed` what the last one still
     owes. Row b begins at clock `start[b]`; inputs before it are zero. Single steps run from clock `step_from`, behind
     prompt and starts, to `step_until`, the length. A tiling without end uses the rows as a ring: `cleared` is the
-    clock up to which rows have been zeroed for use as targets.
+    clock up to which rows have been zeroed for use as targets, `chunk` the most positions that one `begin` takes.
+    Where sequences come and go (`mixers.rows`), `lives[b]` are the clocks at which row b takes inputs, empty for none.
     """
 
     tiling: Tiling
@@ -47,6 +48,8 @@ class StackState:
     step_until: float = math.inf
     owed: list[Rectangle | Share] | None = None
     last_start: int = 0
+    chunk: int = 0
+    lives: list[range] | None = None
     pushes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @property
@@ -64,7 +67,8 @@ class StackState:
         with torch.inference_mode(False), torch.no_grad():
             copies = {name: getattr(self, name).clone() for name in ("start", "inputs", "partial")}
             copies["history"] = spaced(self.history, *self.history.shape).copy_(self.history)
-        return replace(self, **copies, owed=None if self.owed is None else list(self.owed), pushes=[])
+        lives = None if self.lives is None else list(self.lives)
+        return replace(self, **copies, owed=None if self.owed is None else list(self.owed), lives=lives, pushes=[])
 
     @property
     def nbytes(self) -> int:
@@ -96,21 +100,31 @@ class Stack:
         return len(self.lanes)
 
     def init(
-        self, batch: int, tiling: Tiling, *, dtype: torch.dtype | None = None, start: Tensor | None = None
+        self,
+        batch: int,
+        tiling: Tiling,
+        *,
+        dtype: torch.dtype | None = None,
+        start: Tensor | None = None,
+        lives: Sequence[range] | None = None,
     ) -> StackState:
         """An empty past. Memory: about rows * B * M * D numbers, rows = `rows(tiling)`; raises LengthError.
 
         `dtype` is how the history is stored (default: the filter's); the staged block and all sums keep the filter's.
-        `start` [B] is the clock at which each row begins (default 0).
+        `start` [B] is the clock at which each row begins (default 0). With `lives`, rows come and go: see
+        `mixers.rows`. The tiling is then endless, needs to pay lags below its own taps only, and takes single steps.
         """
-        check_tiling(tiling, self.filter.length)
+        check_tiling(tiling, self.filter.length if lives is None else 1)
         C, rho = self.filter.channels, self.filter.rho
         block = tiling.block if tiling.block > 1 else STAGE
         with torch.inference_mode(False):
             start = torch.zeros(batch, dtype=torch.long, device=rho.device) if start is None else start.detach().clone()
-            history = spaced(torch.zeros(0, dtype=dtype or rho.dtype, device=rho.device), C, batch, self.rows(tiling))
+            chunk = self.chunk(tiling) if lives is None else block
+            rows = self.rows(tiling) if lives is None else ring_rows(tiling)
+            history = spaced(torch.zeros(0, dtype=dtype or rho.dtype, device=rho.device), C, batch, rows)
             inputs, partial = (rho.new_zeros(block, batch, C) for _ in range(2))
         state = StackState(tiling, start, history, inputs, partial, last_start=int(start.max()))
+        state.chunk, state.lives = chunk, None if lives is None else list(lives)
         state.step_from = max(state.last_start, tiling.origin)
         state.step_until = math.inf if tiling.length is None else tiling.length
         state.cleared = history.shape[2]
@@ -155,7 +169,7 @@ class Stack:
             return [n] if n else []
         sizes, clock, rows = [], state.clock, state.history.shape[2]
         while n:
-            size = min(n, self.chunk(state.tiling), rows - self._slot(state, clock))
+            size = min(n, state.chunk, rows - self._slot(state, clock))
             sizes.append(size)
             clock, n = clock + size, n - size
         return sizes
@@ -216,18 +230,48 @@ class Stack:
             if not part:
                 return
             channels, tile = slice(part.start, part.stop), tile.tile
-        newest, oldest = tile.sources.stop - 1, tile.targets.start
         staged = staged and state.staged
         store = store and tile.sources.start >= state.tiling.origin
         filter = self.filter if store else self.passing
+        if state.lives is not None:
+            assert ahead is None, "drafts run beside a state without lives"
+            for rows, part in clip_to_lives(tile, state.lives):
+                self._apply_rows(state, part, channels, rows, staged, filter, impl)
+            return
+        newest, oldest = tile.sources.stop - 1, tile.targets.start
         if ahead is None:
-            targets = self._columns(state, tile.targets, channels, state.partial if staged else None)
+            targets = self.columns(state, tile.targets, channels, staged, state.partial)
         else:
             targets = [(0, ahead[oldest - state.clock : tile.targets.stop - state.clock, :, channels])]
-        for s, y in self._columns(state, tile.sources, channels, state.inputs if staged else None):
+        for s, y in self.columns(state, tile.sources, channels, staged, state.inputs):
             for t, out in targets:
                 first = (oldest - newest) + t + (len(tile.sources) - s - y.shape[0])
                 tile_conv(y, filter, first, out=out, channels=channels, impl=impl)
+
+    def _apply_rows(
+        self,
+        state: StackState,
+        tile: Rectangle,
+        channels: slice,
+        rows: slice,
+        staged: bool,
+        filter: PreparedFilter,
+        impl: str,
+    ) -> None:
+        """`apply` for some rows, as one tile wherever the ring's end lies, so that a row's sums never depend on it."""
+        assert state.lives is not None
+        S, T, C = len(tile.sources), len(tile.targets), self.filter.rho[channels].shape[0]
+        if impl == Impl.MEASURED:
+            impl = measured().pick(S, T, len(state.lives), C, filter.rho)
+        sources = [y[:, rows] for _, y in self.columns(state, tile.sources, channels, staged, state.inputs)]
+        targets = [(t, x[:, rows]) for t, x in self.columns(state, tile.targets, channels, staged, state.partial)]
+        y = sources[0] if len(sources) == 1 else torch.cat(sources)
+        out = targets[0][1] if len(targets) == 1 else filter.rho.new_zeros(T, y.shape[1], C)
+        first = tile.targets.start - tile.sources.stop + 1
+        tile_conv(y, filter, first, out=out, channels=channels, impl=impl)
+        if len(targets) > 1:
+            for t, column in targets:
+                column += out[t : t + column.shape[0]]
 
     def begin(self, state: StackState, n: int) -> None:
         """Makes the next n positions readable: pays what is due, and what earlier sources owe inside a chunk."""
@@ -251,7 +295,7 @@ class Stack:
             raise LengthError(f"{n} positions ahead in a ring; expected at most {self.chunk(state.tiling)}.")
         self.pieces(state, n)
         positions = range(state.clock, state.clock + n)
-        columns = self._columns(state, positions, slice(None), state.partial if state.staged else None)
+        columns = self.columns(state, positions, slice(None), state.staged, state.partial)
         sums = torch.cat([column for _, column in columns]).to(self.filter.rho.dtype)
         for item in self._before(state, n):
             self.apply(state, item, store=False, ahead=sums)
@@ -326,8 +370,8 @@ class Stack:
             raise StateError(f"{tiling!r} begins at {tiling.origin}; expected Prompted(inner, {clock}).")
         back = self.init(len(state.start), tiling, dtype=state.history.dtype, start=state.start)
         known = range(clock)
-        for offset, y in self._columns(state, known, slice(None), state.inputs if state.staged else None):
-            for _, row in self._columns(back, range(offset, offset + len(y)), slice(None), None):
+        for offset, y in self.columns(state, known, slice(None), state.staged, state.inputs):
+            for _, row in self.columns(back, range(offset, offset + len(y)), slice(None), False, back.inputs):
                 row.copy_(y)
         back.clock, back.paid = clock, clock - 1
         return back
@@ -346,10 +390,13 @@ class Stack:
         slot = clock - state.tiling.origin + _lead(state.tiling, state.block)
         return slot if state.tiling.length is not None else slot % state.history.shape[2]
 
-    def _columns(
-        self, state: StackState, positions: range, channels: slice, block: Tensor | None
+    def columns(
+        self, state: StackState, positions: range, channels: slice, staged: bool, staging: Tensor
     ) -> list[tuple[int, Tensor]]:
-        """The state of a range of positions as (offset, [N, B, C] view) pieces: staged `block`, history, ring ends."""
+        """The state of a range of positions as (offset, [N, B, C] view) pieces: history, ring ends, and, if `staged`,
+        the staged block, as `staging` (its inputs or its partial sums) holds it.
+        """
+        block = staging if staged else None
         pieces, clock, stop = [], positions.start, positions.stop
         rows, base = state.history.shape[2], stop if block is None else state.base
         while clock < stop:
@@ -410,6 +457,14 @@ def spaced(like: Tensor, channels: int, batch: int, rows: int) -> Tensor:
     line = max(64 // like.itemsize, 1)
     stride = (-(-rows // line) | 1) * line
     return roomy_zeros(like, channels, batch, stride)[..., :rows]
+
+
+def ring_rows(tiling: Tiling) -> int:
+    """Rows of a ring in which sequences come and go: what joins is paid forward over up to `taps` positions at once."""
+    if tiling.length is not None or tiling.taps is None:
+        raise TilingError(f"{tiling!r} ends; rows that come and go need one without. Pass length=None and taps=.")
+    block, (back, ahead) = tiling.block if tiling.block > 1 else STAGE, tiling.reach
+    return _round_up(back, block) + _round_up(max(ahead, tiling.taps), block) + 3 * block
 
 
 def check_tiling(tiling: Tiling, taps: int) -> None:

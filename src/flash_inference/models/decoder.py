@@ -35,14 +35,16 @@ class ModelState:
     """The past of a batch of sequences, as one value.
 
     `pasts[i][j]` is the past of block i's mixer j; `stack` the past of all long convolutions, None where there are
-    none. `start` [B] is the clock at which each row begins, `last_start` the largest; `clock` counts the positions
-    known, `room` those that the mixers' pasts were made for. `step` holds no past: the fused step over this memory.
+    none. `start` [B] is the clock at which each row begins, `last_start` the largest, `first_start` the smallest that
+    counts; `clock` counts the positions known, `room` those that a row's mixers' pasts were made for. `step` holds no
+    past: the fused step over this memory.
     """
 
     pasts: list[list[Any]]
     start: Tensor
     room: int
     last_start: int = 0
+    first_start: int = 0
     clock: int = 0
     stack: StackState | None = None
     step: BoundStep | None = None
@@ -55,7 +57,7 @@ class ModelState:
     @property
     def moment(self) -> Moment:
         """When the next `extend` happens."""
-        return Moment(self.clock, self.start if self.last_start else None, self.last_start)
+        return Moment(self.clock, self.start if self.last_start else None, self.last_start, self.first_start)
 
     @property
     def nbytes(self) -> int:
@@ -191,7 +193,7 @@ class Decoder:
         """Sizes of the pieces in which n further positions are taken."""
         if self.stack and state.stack:
             return self.stack.pieces(state.stack, n)
-        if state.clock + n > state.room:
+        if state.clock + n - state.first_start > state.room:
             raise LengthError(
                 f"{n} more positions after {state.clock} make {state.clock + n}; the state holds {state.room}. "
                 "Make the tiling longer."

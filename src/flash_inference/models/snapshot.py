@@ -21,9 +21,9 @@ from flash_inference.mixers.stack import StackState, spaced
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import describe, rebuild
 
-MAGIC = b"flash-inference state 2 "
-COUNTS = ("room", "last_start", "clock")
-NUMBERS = ("clock", "paid", "cleared", "staged", "row", "step_from", "step_until", "last_start")
+MAGIC = b"flash-inference state 3 "
+COUNTS = ("room", "last_start", "first_start", "clock")
+NUMBERS = ("clock", "paid", "cleared", "staged", "row", "step_from", "step_until", "last_start", "chunk")
 TENSORS = ("start", "history", "inputs", "partial")
 
 
@@ -37,6 +37,8 @@ def save_state(decoder: Decoder, state: ModelState, path: str | os.PathLike[str]
     if state.stack is not None:
         about["stack"] = {name: getattr(state.stack, name) for name in NUMBERS}
         about["stack"]["tiling"] = describe(state.stack.tiling)
+        lives = state.stack.lives
+        about["stack"]["lives"] = None if lives is None else [(life.start, life.stop) for life in lives]
         saved |= {f"stack.{name}": getattr(state.stack, name) for name in TENSORS}
     with torch.inference_mode(False):
         body = render_tensors({k: v.contiguous().clone() for k, v in saved.items()}, {"about": json.dumps(about)})
@@ -78,6 +80,8 @@ def _rebuilt(decoder: Decoder, saved: dict[str, Tensor], about: dict[str, Any]) 
             numbers = {name: about["stack"][name] for name in NUMBERS}
             parts = {name: saved[f"stack.{name}"] for name in TENSORS}
             parts["history"] = spaced(parts["history"], *parts["history"].shape).copy_(parts["history"])
+            lives = about["stack"]["lives"]
+            numbers["lives"] = None if lives is None else [range(*life) for life in lives]
             stack = decoder.stack.bind(StackState(tiling=rebuild(about["stack"]["tiling"]), **parts, **numbers))
         pasts = [[mixer.init(1, 1) for mixer in block.mixers] for block in decoder.model.blocks]
     for name, past in _named(pasts):

@@ -12,6 +12,7 @@ from .eager import Eager
 from .epoched import Epoched
 from .laws import Tiling, verify, verify_span
 from .lazy import Lazy
+from .lives import clip_to_lives
 from .prompted import Prompted
 from .relaxed import Relaxed
 from .separated import Separated
@@ -55,6 +56,7 @@ __all__ = [
     "Tiling",
     "Triangle",
     "TwiceRelaxed",
+    "clip_to_lives",
     "cost",
     "describe",
     "draw",

@@ -1,0 +1,324 @@
+"""Engine: requests that join and leave a batch between any two steps, all on one clock."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_inference.engine.decode import BLOCK, LONG_RUN, NEAR, PREFILL_CHUNK
+from flash_inference.engine.generate import Stops
+from flash_inference.engine.plan import WORKSPACE, free_memory
+from flash_inference.engine.prefix import Prefix
+from flash_inference.engine.prompts import Prompt, as_rows, check_room
+from flash_inference.engine.request import Event, Request, Status
+from flash_inference.engine.sampling import Sampler, Sampling
+from flash_inference.errors import FlashInferenceError, LengthError, NumericsError, PlanError, ShapeError, StateError
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.rows import enter, leave, open_rows, period, row_bytes, slot_bytes
+from flash_inference.tiling import Blocked, Separated, Spread, Tiling
+
+EVERY = 32
+PATIENCE = 256
+
+
+class Engine:
+    """Generates for many requests at once: `submit` them, then `step`, iterate, or `run`.
+
+    `slots` rows decode together; each request that has read its prompt takes one and gives it back when it ends.
+    `new_tokens` is the most tokens that a request may ask for, `length` the most positions that prompt and new tokens
+    may have (default: all that the model's filter allows). All rows share one clock, hence one tile a step; a row's
+    inputs before it joined are zero, and its prompt is paid forward at once as it joins. Memory is fixed: a ring of
+    about 2 C positions for each slot, C the power of two >= new_tokens, and the prompts of what waits and runs.
+
+    A request is alone in what it computes: for the same clock of joining modulo `period` its numbers are the same, bit
+    for bit, in any row, with any neighbours, in an engine of as many slots; at any other, within rounding.
+
+    A step reads at most `prefill` positions of prompts, in pieces of as many at most, lets in who is ready, and makes
+    one token for each row. Turns: a request of priority p stands before those that came up to p * PATIENCE steps
+    earlier with priority 0; equals go in the order of submission. So nobody waits for ever.
+
+    `memory` bounds the bytes of all that, the weights aside (default: what is free now). Raises PlanError if the slots
+    do not fit, before anything is allocated. Calls are not thread-safe: one thread submits and steps.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        slots: int,
+        new_tokens: int,
+        length: int | None = None,
+        memory: int | None = None,
+        prefill: int = 512,
+        tiling: Tiling | None = None,
+    ) -> None:
+        if slots < 1 or prefill < 1:
+            raise ShapeError(f"slots is {slots} and prefill is {prefill}; expected at least 1 of each.")
+        check_room(model, 1, new_tokens)
+        self.model, self.slots, self.prefill = model, slots, min(prefill, PREFILL_CHUNK)
+        self.length = model.config.length if length is None else length
+        check_room(model, self.length - new_tokens, new_tokens)
+        self.tiling = endless(new_tokens) if tiling is None else tiling
+        self.new_tokens = new_tokens
+        self.decoder = model.decoder(self.length)
+        free = free_memory() if memory is None else memory
+        self.memory = (1 << 62) if free is None else free
+        each = slot_bytes(self.decoder, self.tiling, self.length)
+        self.fixed = WORKSPACE + slots * each
+        if self.fixed > self.memory:
+            raise PlanError(
+                f"{slots} slots for {new_tokens} new tokens each need {self.fixed / 2**30:.2f} GiB; "
+                f"{self.memory / 2**30:.2f} GiB are there. {max(self.memory - WORKSPACE, 0) // each} slots would fit, "
+                "or fewer new tokens."
+            )
+        self.state = open_rows(self.decoder, slots, self.tiling, self.length)
+        self.period = period(self.decoder, self.tiling, self.length)
+        self.steps = self.submitted = 0
+        self._tokens = torch.zeros(slots, 1, dtype=torch.long)
+        self._rows: list[Request | None] = [None] * slots
+        self._waiting: list[Request] = []
+        self._prefixes: weakref.WeakSet[Prefix] = weakref.WeakSet()
+
+    @property
+    def clock(self) -> int:
+        """The batch's common time: it moves on by one with every step that has a row."""
+        return self.state.clock
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have a row, in the order of the rows."""
+        return [request for request in self._rows if request is not None]
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not self._waiting and not any(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now: the rows, and the prompts of what waits and runs."""
+        return self.state.nbytes + sum(prefix.nbytes for prefix in self._prefixes)
+
+    def prefix(self, tokens: Prompt) -> Prefix:
+        """Tokens that several requests begin with, to be read once: `submit(prompt, prefix=...)`.
+
+        It holds its memory for as long as the caller holds it.
+        """
+        rows = as_rows(self.model, tokens)
+        if len(rows) != 1:
+            raise ShapeError(f"the prefix has {len(rows)} rows; expected one. Make one prefix for each.")
+        return self._note(Prefix(rows[0], self.prefill))
+
+    def submit(
+        self,
+        prompt: Prompt = None,
+        *,
+        max_new_tokens: int,
+        prefix: Prefix | None = None,
+        priority: int = 0,
+        stop_tokens: Sequence[int] | None = None,
+        stop: Sequence[str] | str = (),
+        allowed: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Request:
+        """Queues a request: one prompt, as `generate` takes it, and its own settings of `Sampling`, seed and stops.
+
+        With `prefix` the prompt's token ids come behind it, or none do (None). Tokens are those of `generate` with the
+        same settings. Raises LengthError, TokenError, SamplingError, ShapeError, and PlanError for a prompt that would
+        not fit even alone; nothing is allocated then, and the other requests go on as they are.
+        """
+        read = self._prefix(prompt, prefix)
+        check_room(self.model, len(read), max_new_tokens)
+        if max_new_tokens > self.new_tokens or len(read) + max_new_tokens > self.length:
+            raise LengthError(
+                f"{len(read)} prompt tokens and {max_new_tokens} new ones were asked for; this engine has room for "
+                f"{self.new_tokens} new ones, {self.length} in all. Ask for fewer, or make Engine(new_tokens=, length=) "
+                "larger."
+            )
+        chosen = None if allowed is None else tuple(int(token) for token in allowed)
+        sampler = Sampler(Sampling(allowed=chosen, **settings), 1, self.model.config.vocab_size, [read.tokens])
+        stops = Stops(self.model, 1, stop_tokens, stop)
+        self._check_memory(read, max_new_tokens)
+        self.submitted += 1
+        turn = (self.steps - priority * PATIENCE, self.submitted)
+        request = Request(self.submitted, self._note(read), max_new_tokens, sampler, stops, turn)
+        self._wait(request)
+        return request
+
+    def step(self) -> list[Event]:
+        """Reads prompts within the budget, lets in who is ready, and makes a token for every row."""
+        self.steps += 1
+        self._read()
+        events = self._join()
+        if any(self._rows):
+            events += self._tick()
+        return events
+
+    def __iter__(self) -> Iterator[Event]:
+        """Steps until nothing is left to do; requests may be submitted and cancelled meanwhile."""
+        while not self.idle:
+            yield from self.step()
+
+    def run(self) -> None:
+        """Steps until nothing is left to do."""
+        while not self.idle:
+            self.step()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its row is free at once. One that has ended already stays as it is."""
+        if not request.ended:
+            self._end(request, Status.CANCELLED)
+
+    def pause(self, request: Request) -> None:
+        """Takes a request out of its row, or the queue, with all that it knows; `resume` queues it again."""
+        if request.status not in (Status.WAITING, Status.RUNNING):
+            raise StateError(f"request {request.number} is {request.status}; only one that waits or runs can pause.")
+        if request.row is not None:
+            assert request.prefix is not None
+            assert request.prefix.state is not None
+            past = Prefix(torch.tensor(request.tokens[:-1], dtype=torch.long), self.prefill, request.prefix)
+            past.base, past.state = None, leave(self.decoder, self.state, request.row, request.prefix.state)
+            request.prefix = self._note(past)
+        self._vacate(request)
+        request.status = Status.PAUSED
+
+    def resume(self, request: Request) -> None:
+        """Queues a paused request, at its old turn; it rejoins: what it knows is paid forward as one rectangle."""
+        if request.status is not Status.PAUSED:
+            raise StateError(f"request {request.number} is {request.status}; only a paused one can resume.")
+        self._wait(request)
+
+    def _prefix(self, prompt: Prompt, prefix: Prefix | None) -> Prefix:
+        if prefix is not None and prompt is None:
+            return prefix
+        rows = as_rows(self.model, prompt)
+        if len(rows) != 1:
+            raise ShapeError(f"the prompt has {len(rows)} rows; a request takes one. Submit one request for each.")
+        return Prefix(rows[0], self.prefill, prefix)
+
+    def _check_memory(self, prefix: Prefix, new_tokens: int) -> None:
+        needed = self.fixed + self._cost(prefix, new_tokens)
+        if needed > self.memory:
+            each = self._cost(prefix, new_tokens) / (len(prefix) + new_tokens)
+            raise PlanError(
+                f"a prompt of {len(prefix)} tokens with {new_tokens} new ones needs {needed / 2**30:.3f} GiB beside the "
+                f"{self.slots} slots; {self.memory / 2**30:.3f} GiB are there. About "
+                f"{max(int((self.memory - self.fixed) / each) - new_tokens, 0)} prompt tokens would fit."
+            )
+
+    def _cost(self, prefix: Prefix, new_tokens: int) -> int:
+        """Bytes that a request takes beside its row: its past, and the rectangle that is paid as it joins."""
+        stack = self.decoder.stack
+        sums = 0 if stack is None else stack.filter.channels * stack.filter.rho.itemsize * new_tokens
+        return prefix.cost(self.decoder) + sums
+
+    def _note(self, prefix: Prefix) -> Prefix:
+        self._prefixes.add(prefix)
+        return prefix
+
+    def _wait(self, request: Request) -> None:
+        request.status = Status.WAITING
+        self._waiting.append(request)
+        self._waiting.sort(key=lambda request: request.turn)
+
+    def _read(self) -> None:
+        """Reads prompts in their turn, as far as there are rows and bytes to come for them."""
+        left, blocked = self.prefill, None
+        for request in self._waiting[: 1 + self._rows.count(None)]:
+            prefix = request.prefix
+            assert prefix is not None
+            if prefix.state is None and (blocked or not self._fits(prefix, request)):
+                blocked = blocked or request
+                continue
+            while not prefix.ready and left > 0:
+                left -= prefix.read(self.decoder)
+        if blocked is not None and left == self.prefill and not any(self._rows):
+            held = self.nbytes - self.state.nbytes
+            self._refused.append((blocked, PlanError(
+                f"request {blocked.number} needs {self._cost(blocked.prefix, blocked.left)} bytes; "
+            )))
+
+    def _enter(self, request: Request, prefix: Prefix) -> None:
+        assert prefix.state is not None
+        row = self._rows.index(None)
+        if not any(self._rows):
+            self.state.last_start = 0
+        enter(self.decoder, self.state, row, prefix.state, request.left)
+        self._waiting.remove(request)
+        self._rows[row] = request
+        request.row, request.joined, request.status = row, self.clock, Status.RUNNING
+        self._tokens[row, 0] = request.tokens[-1]
+        self._see_starts()
+
+    def _tick(self) -> list[Event]:
+        """One token for every row."""
+        device = self.model.embedding.weight.device
+        logits = self.decoder.extend(self.state, self._tokens.to(device)).cpu()
+        best = logits.max(-1)
+        values, indices = best.values.tolist(), best.indices.tolist()
+        events: list[Event] = []
+        for row, request in enumerate(self._rows):
+            if request is None:
+                continue
+            if not abs(values[row]) < float("inf"):
+                message = (
+                    f"the logits of request {request.number} are not finite after {len(request.tokens)} new tokens "
+                    f"(largest is {values[row]}). Check the weights and the filter for NaN or overflow."
+                )
+                events.append(self._fail(request, NumericsError(message)))
+                continue
+            plain = request.sampler.sampling.plain
+            token = indices[row] if plain else int(request.sampler(logits[row : row + 1]))
+            self._tokens[row, 0] = token
+            events.append(self._take(request, token))
+        return events
+
+    def _take(self, request: Request, token: int) -> Event:
+        last = request.take(token)
+        if last:
+            self._end(request, Status.FINISHED)
+        return Event(request, token, last)
+
+    def _fail(self, request: Request, error: FlashInferenceError) -> Event:
+        request.error = error
+        self._end(request, Status.FAILED)
+        return Event(request, None, True)
+
+    def _end(self, request: Request, status: Status) -> None:
+        self._vacate(request)
+        request.prefix, request.status = None, status
+
+    def _vacate(self, request: Request) -> None:
+        """Takes a request out of its row or the queue. The row is emptied when the next request enters it."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request.row is not None:
+            row, request.row = request.row, None
+            self._rows[row] = None
+            self._tokens[row, 0] = 0
+            if self.state.stack is not None:
+                self.state.stack.lives[row] = range(0)
+            self.state.start[row] = self.clock
+            self._see_starts()
+
+    def _see_starts(self) -> None:
+        """The starts that count are those of rows in use."""
+        starts = [int(self.state.start[row]) for row, request in enumerate(self._rows) if request is not None]
+        self.state.first_start = min(starts, default=self.clock)
+        self.state.last_start = max(starts, default=self.clock)
+
+
+def endless(new_tokens: int) -> Tiling:
+    """The tiling for rows that live up to `new_tokens` positions: Blocked for few, else Separated + Spread."""
+    cap = max(1 << (new_tokens - 1).bit_length(), BLOCK)
+    if cap <= LONG_RUN:
+        return Blocked(None, taps=cap, block=BLOCK)
+    return Spread(Separated(None, near=NEAR, block=BLOCK, taps=cap), every=EVERY)
+
+
+__all__ = ["Engine", "Event", "Prefix", "Request", "Status", "endless", "row_bytes"]
+_: type[Tensor] = Tensor
