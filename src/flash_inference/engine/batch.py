@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from flash_inference.engine.decode import BLOCK, LONG_RUN, NEAR, PREFILL_CHUNK
 from flash_inference.engine.generate import Stops
-from flash_inference.engine.plan import WORKSPACE, free_memory
+from flash_inference.engine.plan import WORKSPACE, filter_bytes, free_memory
 from flash_inference.engine.prefix import Prefix
-from flash_inference.engine.prompts import Prompt, as_rows, check_room
+from flash_inference.engine.prompts import Prompt, as_rows, check_room, is_text
+from flash_inference.engine.queue import GIB, Queue
 from flash_inference.engine.request import Event, Request, Status
 from flash_inference.engine.sampling import Sampler, Sampling
 from flash_inference.errors import FlashInferenceError, LengthError, NumericsError, PlanError, ShapeError, StateError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.rows import enter, leave, open_rows, period, row_bytes, slot_bytes
+from flash_inference.models.rows import enter, leave, open_rows, period, slot_bytes, vacate
 from flash_inference.tiling import Blocked, Separated, Spread, Tiling
 
 EVERY = 32
@@ -64,24 +63,16 @@ class Engine:
         check_room(model, self.length - new_tokens, new_tokens)
         self.tiling = endless(new_tokens) if tiling is None else tiling
         self.new_tokens = new_tokens
-        self.decoder = model.decoder(self.length)
+        self.period = period(model, self.tiling, self.length)
         free = free_memory() if memory is None else memory
-        self.memory = (1 << 62) if free is None else free
-        each = slot_bytes(self.decoder, self.tiling, self.length)
-        self.fixed = WORKSPACE + slots * each
-        if self.fixed > self.memory:
-            raise PlanError(
-                f"{slots} slots for {new_tokens} new tokens each need {self.fixed / 2**30:.2f} GiB; "
-                f"{self.memory / 2**30:.2f} GiB are there. {max(self.memory - WORKSPACE, 0) // each} slots would fit, "
-                "or fewer new tokens."
-            )
+        self.memory = 1 << 62 if free is None else free
+        self.fixed = self._check_slots()
+        self.decoder = model.decoder(self.length)
         self.state = open_rows(self.decoder, slots, self.tiling, self.length)
-        self.period = period(self.decoder, self.tiling, self.length)
+        self.queue = Queue(self.decoder, self.memory - self.fixed)
         self.steps = self.submitted = 0
         self._tokens = torch.zeros(slots, 1, dtype=torch.long)
         self._rows: list[Request | None] = [None] * slots
-        self._waiting: list[Request] = []
-        self._prefixes: weakref.WeakSet[Prefix] = weakref.WeakSet()
 
     @property
     def clock(self) -> int:
@@ -96,12 +87,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not self._waiting and not any(self._rows)
+        return not len(self.queue) and not any(self._rows)
 
     @property
     def nbytes(self) -> int:
         """Bytes held now: the rows, and the prompts of what waits and runs."""
-        return self.state.nbytes + sum(prefix.nbytes for prefix in self._prefixes)
+        return self.state.nbytes + self.queue.held
 
     def prefix(self, tokens: Prompt) -> Prefix:
         """Tokens that several requests begin with, to be read once: `submit(prompt, prefix=...)`.
@@ -111,7 +102,7 @@ class Engine:
         rows = as_rows(self.model, tokens)
         if len(rows) != 1:
             raise ShapeError(f"the prefix has {len(rows)} rows; expected one. Make one prefix for each.")
-        return self._note(Prefix(rows[0], self.prefill))
+        return self.queue.note(Prefix(rows[0], self.prefill))
 
     def submit(
         self,
@@ -135,25 +126,24 @@ class Engine:
         check_room(self.model, len(read), max_new_tokens)
         if max_new_tokens > self.new_tokens or len(read) + max_new_tokens > self.length:
             raise LengthError(
-                f"{len(read)} prompt tokens and {max_new_tokens} new ones were asked for; this engine has room for "
-                f"{self.new_tokens} new ones, {self.length} in all. Ask for fewer, or make Engine(new_tokens=, length=) "
-                "larger."
+                f"{len(read)} prompt tokens and {max_new_tokens} new ones were asked for; this engine has room "
+                f"for {self.new_tokens} new ones, {self.length} in all. Ask for fewer, or make an engine with larger new_tokens or "
+                "length."
             )
         chosen = None if allowed is None else tuple(int(token) for token in allowed)
         sampler = Sampler(Sampling(allowed=chosen, **settings), 1, self.model.config.vocab_size, [read.tokens])
         stops = Stops(self.model, 1, stop_tokens, stop)
-        self._check_memory(read, max_new_tokens)
+        self.queue.check(read, max_new_tokens)
         self.submitted += 1
         turn = (self.steps - priority * PATIENCE, self.submitted)
-        request = Request(self.submitted, self._note(read), max_new_tokens, sampler, stops, turn)
-        self._wait(request)
+        request = Request(self.submitted, self.queue.note(read), max_new_tokens, sampler, stops, turn)
+        self.queue.add(request)
         return request
 
     def step(self) -> list[Event]:
         """Reads prompts within the budget, lets in who is ready, and makes a token for every row."""
         self.steps += 1
-        self._read()
-        events = self._join()
+        events = self._read() + self._join()
         if any(self._rows):
             events += self._tick()
         return events
@@ -180,9 +170,10 @@ class Engine:
         if request.row is not None:
             assert request.prefix is not None
             assert request.prefix.state is not None
-            past = Prefix(torch.tensor(request.tokens[:-1], dtype=torch.long), self.prefill, request.prefix)
-            past.base, past.state = None, leave(self.decoder, self.state, request.row, request.prefix.state)
-            request.prefix = self._note(past)
+            made = torch.tensor(request.tokens[:-1], dtype=torch.long)
+            past = Prefix(torch.cat([request.prefix.tokens, made]), self.prefill)
+            past.state = leave(self.decoder, self.state, request.row, request.prefix.state)
+            request.prefix = self.queue.note(past)
         self._vacate(request)
         request.status = Status.PAUSED
 
@@ -190,65 +181,63 @@ class Engine:
         """Queues a paused request, at its old turn; it rejoins: what it knows is paid forward as one rectangle."""
         if request.status is not Status.PAUSED:
             raise StateError(f"request {request.number} is {request.status}; only a paused one can resume.")
-        self._wait(request)
+        self.queue.add(request)
+
+    def _check_slots(self) -> int:
+        """Bytes that the engine takes before any request, the weights aside."""
+        each = slot_bytes(self.model, self.tiling, self.length)
+        shared = WORKSPACE + filter_bytes(self.model, self.length, self.tiling)
+        if shared + self.slots * each > self.memory:
+            raise PlanError(
+                f"{self.slots} slots for {self.new_tokens} new tokens each need "
+                f"{(shared + self.slots * each) / GIB:.2f} GiB; {self.memory / GIB:.2f} GiB are there. "
+                f"{max(self.memory - shared, 0) // max(each, 1)} slots would fit, or more with fewer new tokens."
+            )
+        return shared + self.slots * each
 
     def _prefix(self, prompt: Prompt, prefix: Prefix | None) -> Prefix:
+        """The past that a request begins with: a prompt's, a prefix's, or a prompt's behind a prefix."""
+        if prefix is not None and prefix not in self.queue:
+            raise StateError("the prefix is another engine's; make it with this engine's prefix().")
         if prefix is not None and prompt is None:
             return prefix
         rows = as_rows(self.model, prompt)
         if len(rows) != 1:
             raise ShapeError(f"the prompt has {len(rows)} rows; a request takes one. Submit one request for each.")
-        return Prefix(rows[0], self.prefill, prefix)
+        row = rows[0]
+        if prefix is None:
+            return Prefix(row, self.prefill)
+        row = row[1:] if is_text(prompt)[0] else row
+        return Prefix(row, self.prefill, prefix) if len(row) else prefix
 
-    def _check_memory(self, prefix: Prefix, new_tokens: int) -> None:
-        needed = self.fixed + self._cost(prefix, new_tokens)
-        if needed > self.memory:
-            each = self._cost(prefix, new_tokens) / (len(prefix) + new_tokens)
-            raise PlanError(
-                f"a prompt of {len(prefix)} tokens with {new_tokens} new ones needs {needed / 2**30:.3f} GiB beside the "
-                f"{self.slots} slots; {self.memory / 2**30:.3f} GiB are there. About "
-                f"{max(int((self.memory - self.fixed) / each) - new_tokens, 0)} prompt tokens would fit."
-            )
+    def _read(self) -> list[Event]:
+        """Reads prompts for the rows that are free and for the next one that will be."""
+        refused = self.queue.read(self.prefill, 1 + self._rows.count(None), not any(self._rows))
+        return [self._fail(*refused)] if refused else []
 
-    def _cost(self, prefix: Prefix, new_tokens: int) -> int:
-        """Bytes that a request takes beside its row: its past, and the rectangle that is paid as it joins."""
-        stack = self.decoder.stack
-        sums = 0 if stack is None else stack.filter.channels * stack.filter.rho.itemsize * new_tokens
-        return prefix.cost(self.decoder) + sums
-
-    def _note(self, prefix: Prefix) -> Prefix:
-        self._prefixes.add(prefix)
-        return prefix
-
-    def _wait(self, request: Request) -> None:
-        request.status = Status.WAITING
-        self._waiting.append(request)
-        self._waiting.sort(key=lambda request: request.turn)
-
-    def _read(self) -> None:
-        """Reads prompts in their turn, as far as there are rows and bytes to come for them."""
-        left, blocked = self.prefill, None
-        for request in self._waiting[: 1 + self._rows.count(None)]:
+    def _join(self) -> list[Event]:
+        """Requests whose past is ready take the free rows, in their turn."""
+        events: list[Event] = []
+        for request in self.queue:
             prefix = request.prefix
-            assert prefix is not None
-            if prefix.state is None and (blocked or not self._fits(prefix, request)):
-                blocked = blocked or request
+            if None not in self._rows:
+                break
+            if prefix is None or not prefix.ready:
                 continue
-            while not prefix.ready and left > 0:
-                left -= prefix.read(self.decoder)
-        if blocked is not None and left == self.prefill and not any(self._rows):
-            held = self.nbytes - self.state.nbytes
-            self._refused.append((blocked, PlanError(
-                f"request {blocked.number} needs {self._cost(blocked.prefix, blocked.left)} bytes; "
-            )))
+            if prefix.error is not None:
+                events.append(self._fail(request, prefix.error))
+            elif not request.tokens:
+                assert prefix.logits is not None
+                events.append(self._take(request, int(request.sampler(prefix.logits[None]))))
+            if not request.ended:
+                self._enter(request, prefix)
+        return events
 
     def _enter(self, request: Request, prefix: Prefix) -> None:
         assert prefix.state is not None
         row = self._rows.index(None)
-        if not any(self._rows):
-            self.state.last_start = 0
         enter(self.decoder, self.state, row, prefix.state, request.left)
-        self._waiting.remove(request)
+        self.queue.remove(request)
         self._rows[row] = request
         request.row, request.joined, request.status = row, self.clock, Status.RUNNING
         self._tokens[row, 0] = request.tokens[-1]
@@ -259,15 +248,15 @@ class Engine:
         device = self.model.embedding.weight.device
         logits = self.decoder.extend(self.state, self._tokens.to(device)).cpu()
         best = logits.max(-1)
-        values, indices = best.values.tolist(), best.indices.tolist()
+        finite, indices = cast("list[bool]", best.values.isfinite().tolist()), cast("list[int]", best.indices.tolist())
         events: list[Event] = []
         for row, request in enumerate(self._rows):
             if request is None:
                 continue
-            if not abs(values[row]) < float("inf"):
+            if not finite[row]:
                 message = (
                     f"the logits of request {request.number} are not finite after {len(request.tokens)} new tokens "
-                    f"(largest is {values[row]}). Check the weights and the filter for NaN or overflow."
+                    f"(largest is {float(best.values[row])}). Check the weights and the filter for NaN or overflow."
                 )
                 events.append(self._fail(request, NumericsError(message)))
                 continue
@@ -294,15 +283,12 @@ class Engine:
 
     def _vacate(self, request: Request) -> None:
         """Takes a request out of its row or the queue. The row is emptied when the next request enters it."""
-        if request in self._waiting:
-            self._waiting.remove(request)
+        self.queue.remove(request)
         if request.row is not None:
             row, request.row = request.row, None
             self._rows[row] = None
             self._tokens[row, 0] = 0
-            if self.state.stack is not None:
-                self.state.stack.lives[row] = range(0)
-            self.state.start[row] = self.clock
+            vacate(self.state, row)
             self._see_starts()
 
     def _see_starts(self) -> None:
@@ -318,7 +304,3 @@ def endless(new_tokens: int) -> Tiling:
     if cap <= LONG_RUN:
         return Blocked(None, taps=cap, block=BLOCK)
     return Spread(Separated(None, near=NEAR, block=BLOCK, taps=cap), every=EVERY)
-
-
-__all__ = ["Engine", "Event", "Prefix", "Request", "Status", "endless", "row_bytes"]
-_: type[Tensor] = Tensor

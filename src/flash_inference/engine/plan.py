@@ -72,8 +72,7 @@ def plan(
     tiling = default_tiling(max(max_new_tokens - 1, 1), prompt) if tiling is None else tiling
     size = 8 if model.embedding.weight.itemsize == 8 else 4
     length = prompt + max_new_tokens
-    groups = [group for block in model.blocks for group in block.convolutions]
-    channels, taps = sum(group.filter.channels for group in groups), -(-length // common_stride(groups))
+    channels, taps = _filters(model, length)
     own = sum(mixer.past_bytes(length) for block in model.blocks for mixer in block.mixers)
     block = max(tiling.block, 32)
     rows = -(-prompt // block) * block + -(-max_new_tokens // block) * block
@@ -83,6 +82,21 @@ def plan(
     spectra = _spectra(tiling, length, channels, size, budget) if channels else 0
     workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * max(b.activations for b in model.blocks)
     return Plan(length, batch, tiling, layer_plans(model, length), state, filters, spectra, workspace)
+
+
+def filter_bytes(model: LanguageModel, length: int, tiling: Tiling) -> int:
+    """Bytes of the taps for `length` positions and of the spectra that the tiling's tiles use."""
+    channels, taps = _filters(model, length)
+    size = 8 if model.embedding.weight.itemsize == 8 else 4
+    budget = max(size * channels * taps, 64 << 20)
+    spectra = _spectra(tiling, tiling.taps or length, channels, size, budget) if channels else 0
+    return size * channels * (taps + min(taps, 256)) + spectra
+
+
+def _filters(model: LanguageModel, length: int) -> tuple[int, int]:
+    """Channels of all long convolutions, and how many taps of each are kept for `length` positions."""
+    groups = [group for block in model.blocks for group in block.convolutions]
+    return sum(group.filter.channels for group in groups), -(-length // common_stride(groups))
 
 
 def layer_plans(model: LanguageModel, length: int) -> tuple[LayerPlan, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import NumericsError
+from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.models.rows import lengthened, row_bytes
 from flash_inference.tiling import Blocked
@@ -39,9 +40,9 @@ class Prefix:
         """Bytes that it holds now."""
         return 0 if self.state is None else self.state.nbytes
 
-    def cost(self, decoder: Decoder) -> int:
+    def cost(self, model: LanguageModel) -> int:
         """Bytes that it will hold, those of its base included."""
-        return row_bytes(decoder, len(self)) + (0 if self.base is None else self.base.cost(decoder))
+        return row_bytes(model, len(self)) + (0 if self.base is None else self.base.cost(model))
 
     @property
     def held(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import LengthError
-from flash_inference.mixers.stack import Stack, StackState, ring_rows, spaced
+from flash_inference.mixers.stack import Stack, StackState, spaced
 from flash_inference.ops.tile_conv import tile_conv
 
 ALL = slice(None)
@@ -35,15 +35,6 @@ def inputs_of(stack: Stack, state: StackState, row: int, clocks: range) -> Tenso
     return torch.cat([stack.filter.rho.new_zeros(0, stack.filter.channels), *pieces]).T
 
 
-def empty(state: StackState, row: int) -> None:
-    """Ends the life of a row: whatever it left behind is zero, and tiles pass it by."""
-    state.history[:, row] = 0
-    state.inputs[:, row] = 0
-    state.partial[:, row] = 0
-    if state.lives is not None:
-        state.lives[row] = range(0)
-
-
 @torch.no_grad()
 def enter(stack: Stack, state: StackState, row: int, past: Tensor, length: int) -> None:
     """Row `row` begins to live at the state's clock, for `length` positions, with inputs `past` [C, P] behind it.
@@ -60,7 +51,8 @@ def enter(stack: Stack, state: StackState, row: int, past: Tensor, length: int) 
             f"a row of {length} new positions needs as many lags; {tiling!r} pays those below {tiling.taps}. "
             "Ask for fewer, or make the ring for more."
         )
-    empty(state, row)
+    for held in (state.history, state.inputs, state.partial):
+        held[:, row] = 0
     state.lives[row] = range(clock, clock + length)
     if length and past.shape[1]:
         sums = past.new_zeros(past.shape[0], 1, length).permute(2, 1, 0)

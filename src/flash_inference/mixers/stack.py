@@ -236,7 +236,8 @@ class Stack:
         if state.lives is not None:
             assert ahead is None, "drafts run beside a state without lives"
             for rows, part in clip_to_lives(tile, state.lives):
-                self._apply_rows(state, part, channels, rows, staged, filter, impl)
+                # Clipped shapes are many, and each comes a few times a row: only whole tiles are worth their spectra.
+                self._apply_rows(state, part, channels, rows, staged, filter if part == tile else self.passing, impl)
             return
         newest, oldest = tile.sources.stop - 1, tile.targets.start
         if ahead is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,12 @@ from flash_inference.errors import ShapeError
 from flash_inference.mixers import mixer as mixers
 from flash_inference.mixers import rows as stack_rows
 from flash_inference.mixers.mixer import Clocked
+from flash_inference.mixers.stack import STAGE, ring_rows
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Blocked, Tiling
+
+if TYPE_CHECKING:
+    from flash_inference.models.backbone import LanguageModel
 
 
 def fork(decoder: Decoder, state: ModelState, rows: Sequence[int]) -> ModelState:
@@ -44,7 +48,7 @@ def open_rows(decoder: Decoder, slots: int, tiling: Tiling, room: int) -> ModelS
         lives = [range(0)] * slots
         stack = decoder.stack.init(slots, tiling, lives=lives) if decoder.stack else None
         pasts = [[mixer.init(slots, room) for mixer in block.mixers] for block in decoder.model.blocks]
-        every = period(decoder, tiling, room)
+        every = period(decoder.model, tiling, room)
         clock = (room // every + 1) * every
         start = torch.full((slots,), clock, device=decoder.model.embedding.weight.device)
     if stack is not None:
@@ -53,10 +57,10 @@ def open_rows(decoder: Decoder, slots: int, tiling: Tiling, room: int) -> ModelS
     return decoder.bind(ModelState(pasts, start, room, clock, clock, clock, stack))
 
 
-def period(decoder: Decoder, tiling: Tiling, room: int) -> int:
+def period(model: LanguageModel, tiling: Tiling, room: int) -> int:
     """Clocks after which all that depends on the clock repeats: tiles, and where a cache keeps a position."""
     every = [tiling.taps or 1, 2 * tiling.block]
-    for block in decoder.model.blocks:
+    for block in model.blocks:
         every += [mixer.period(room) for mixer in block.mixers if isinstance(mixer, Clocked)]
     return math.lcm(*every)
 
@@ -75,6 +79,13 @@ def enter(decoder: Decoder, state: ModelState, row: int, past: ModelState, lengt
         mixers.place(mine, row, _moved(mixer, theirs, known, state.clock, state.room))
     state.start[row] = state.clock - past.clock
     state.last_start = max(state.last_start, state.clock - past.clock)
+
+
+def vacate(state: ModelState, row: int) -> None:
+    """Row `row` has no life any more: tiles pass it by. What is left there is wiped out when the next one enters."""
+    state.start[row] = state.clock
+    if state.stack is not None and state.stack.lives is not None:
+        state.stack.lives[row] = range(0)
 
 
 @torch.no_grad()
@@ -99,9 +110,7 @@ def lengthened(decoder: Decoder, past: ModelState, length: int) -> ModelState:
     return _sequence(decoder, inputs, past.pasts, known, length)
 
 
-def _sequence(
-    decoder: Decoder, inputs: list[Tensor], pasts: list[list[Any]], known: range, length: int
-) -> ModelState:
+def _sequence(decoder: Decoder, inputs: list[Tensor], pasts: list[list[Any]], known: range, length: int) -> ModelState:
     """A sequence of its own of the clocks `known`: its convolutions' inputs [C, ..] side by side, its mixers' pasts."""
     state, n = decoder.init(1, Blocked(length)), len(known)
     if decoder.stack and state.stack and n:
@@ -126,20 +135,22 @@ def _moved(mixer: Any, past: Any, known: range, clock: int, room: int) -> Any:
     return mixer.moved(past, known, clock, room) if isinstance(mixer, Clocked) else past
 
 
-def row_bytes(decoder: Decoder, positions: int) -> int:
+def row_bytes(model: LanguageModel, positions: int) -> int:
     """Bytes of a sequence of its own with room for `positions`."""
-    own = sum(mixer.past_bytes(positions) for block in decoder.model.blocks for mixer in block.mixers)
-    return own + (0 if decoder.stack is None else _stack_bytes(decoder, -(-positions // 32) * 32))
+    return _own_bytes(model, positions) + _column_bytes(model) * (-(-positions // STAGE) * STAGE + 2 * STAGE)
 
 
-def slot_bytes(decoder: Decoder, tiling: Tiling, room: int) -> int:
+def slot_bytes(model: LanguageModel, tiling: Tiling, room: int) -> int:
     """Bytes of one row of `open_rows`."""
-    own = sum(mixer.past_bytes(room) for block in decoder.model.blocks for mixer in block.mixers)
-    return own + (0 if decoder.stack is None else _stack_bytes(decoder, stack_rows.ring_rows(tiling)))
+    block = tiling.block if tiling.block > 1 else STAGE
+    return _own_bytes(model, room) + _column_bytes(model) * (ring_rows(tiling) + 2 * block)
 
 
-def _stack_bytes(decoder: Decoder, rows: int) -> int:
-    """Bytes of a row of history and its staged block."""
-    assert decoder.stack is not None
-    return decoder.stack.filter.channels * decoder.stack.filter.rho.itemsize * (rows + 2 * 32)
+def _column_bytes(model: LanguageModel) -> int:
+    """Bytes of one position of all long convolutions."""
+    groups = [group for block in model.blocks for group in block.convolutions]
+    return sum(group.filter.channels for group in groups) * (8 if model.embedding.weight.itemsize == 8 else 4)
 
+
+def _own_bytes(model: LanguageModel, room: int) -> int:
+    return sum(mixer.past_bytes(room) for block in model.blocks for mixer in block.mixers)
