@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -127,8 +127,8 @@ class Engine:
         if max_new_tokens > self.new_tokens or len(read) + max_new_tokens > self.length:
             raise LengthError(
                 f"{len(read)} prompt tokens and {max_new_tokens} new ones were asked for; this engine has room "
-                f"for {self.new_tokens} new ones, {self.length} in all. Ask for fewer, or make an engine with larger new_tokens or "
-                "length."
+                f"for {self.new_tokens} new ones, {self.length} in all. Ask for fewer, or make an engine with larger "
+                "new_tokens or length."
             )
         chosen = None if allowed is None else tuple(int(token) for token in allowed)
         sampler = Sampler(Sampling(allowed=chosen, **settings), 1, self.model.config.vocab_size, [read.tokens])
@@ -170,9 +170,10 @@ class Engine:
         if request.row is not None:
             assert request.prefix is not None
             assert request.prefix.state is not None
-            made = torch.tensor(request.tokens[:-1], dtype=torch.long)
-            past = Prefix(torch.cat([request.prefix.tokens, made]), self.prefill)
-            past.state = leave(self.decoder, self.state, request.row, request.prefix.state)
+            state = leave(self.decoder, self.state, request.row, request.prefix.state)
+            made = request.tokens[len(request.prefix) - state.clock - 1 : -1]
+            past = Prefix(torch.cat([request.prefix.tokens, torch.tensor(made, dtype=torch.long)]), self.prefill)
+            past.state = state
             request.prefix = self.queue.note(past)
         self._vacate(request)
         request.status = Status.PAUSED
@@ -248,7 +249,8 @@ class Engine:
         device = self.model.embedding.weight.device
         logits = self.decoder.extend(self.state, self._tokens.to(device)).cpu()
         best = logits.max(-1)
-        finite, indices = cast("list[bool]", best.values.isfinite().tolist()), cast("list[int]", best.indices.tolist())
+        finite: list[bool] = best.values.isfinite().tolist()  # pyright: ignore[reportUnknownMemberType]
+        indices: list[int] = best.indices.tolist()  # pyright: ignore[reportUnknownMemberType]
         events: list[Event] = []
         for row, request in enumerate(self._rows):
             if request is None:
