@@ -1,8 +1,8 @@
 """How many tokens per second do concurrent rows on one clock make, against one row alone?
 
 Order-2 Hyena, D = 256, 4 layers, float32, greedy, random weights, on a CPU. 32 requests of 2,048 new tokens each, with
-prompts of 1 to 94 tokens, in an engine of 32 slots; one request of them there; one request in an engine of one slot; the
-same request by `generate`. Before any time is printed, the tokens of several rows must be those of the full forward,
+prompts of 1 to 94 tokens, in an engine of 32 slots; one of them alone there, in an engine of one slot, and by
+`generate`. Before any time is printed, the tokens of several rows must be those of the full forward,
 ties aside. The requests join as the engine reads their prompts; the time is that of the whole run, and of each step.
 """
 

@@ -20,7 +20,7 @@ from flash_inference.ops.tile_conv import TILE_CONV_IMPLS
 from flash_inference.tiling import Relaxed, Separated, draw
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = ("theory.md", "extending.md", "reference.md", "speculative.md", "tasks.md", "models.md")
+NAMES = ("theory.md", "extending.md", "reference.md", "batching.md", "speculative.md", "tasks.md", "models.md")
 FILES = [DOCS / name for name in NAMES]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"^# needs: (\w+)$", re.MULTILINE)

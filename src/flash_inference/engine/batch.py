@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -249,8 +249,8 @@ class Engine:
         device = self.model.embedding.weight.device
         logits = self.decoder.extend(self.state, self._tokens.to(device)).cpu()
         best = logits.max(-1)
-        finite: list[bool] = best.values.isfinite().tolist()  # pyright: ignore[reportUnknownMemberType]
-        indices: list[int] = best.indices.tolist()  # pyright: ignore[reportUnknownMemberType]
+        finite = cast("list[bool]", best.values.isfinite().tolist())  # pyright: ignore[reportUnknownMemberType]
+        indices = cast("list[int]", best.indices.tolist())  # pyright: ignore[reportUnknownMemberType]
         events: list[Event] = []
         for row, request in enumerate(self._rows):
             if request is None:
