@@ -411,6 +411,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated_and_the_others_
         Engine(model, slots=2, new_tokens=NEW, length=LENGTH, memory=fixed - 1)
     with pytest.raises(ShapeError, match=r"slots is 0 and prefill is 512; expected at least 1 of each\."):
         Engine(model, slots=0, new_tokens=NEW)
+    with pytest.raises(LengthError, match=r"pays lags below 16; rows of 30 new tokens need as many\. Build it with"):
+        Engine(model, slots=1, new_tokens=NEW, tiling=Blocked(None, taps=16))
     with pytest.raises(TilingError, match=r"ends; rows that come and go need one without"):
         Engine(model, slots=1, new_tokens=NEW, tiling=Blocked(64))
 
@@ -493,7 +495,7 @@ def test_forked_rows_go_their_own_ways(model: LanguageModel, at: int, rows: list
 
 @models
 @settings(max_examples=4)
-@given(at=st.integers(1, 30), way=st.sampled_from(["restored", "forked"]))
+@given(at=st.integers(1, 30), way=st.sampled_from(["restored", "forked", "cloned"]))
 def test_an_engine_goes_on_bit_for_bit_from_a_restored_or_forked_state(
     model: LanguageModel, tmp_path_factory: pytest.TempPathFactory, at: int, way: str
 ) -> None:
@@ -507,6 +509,9 @@ def test_an_engine_goes_on_bit_for_bit_from_a_restored_or_forked_state(
             path = tmp_path_factory.mktemp("state") / "state"
             save_state(engine.decoder, engine.state, path)
             engine.state = load_state(engine.decoder, path)
+        elif changed and way == "cloned":
+            left, engine.state = engine.state, engine.decoder.clone(engine.state)
+            left.start.zero_()
         elif changed:
             engine.state = fork(engine.decoder, engine.state, range(SLOTS))
         engine.run()

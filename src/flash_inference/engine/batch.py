@@ -63,6 +63,11 @@ class Engine:
         check_room(model, self.length - new_tokens, new_tokens)
         self.tiling = endless(new_tokens) if tiling is None else tiling
         self.new_tokens = new_tokens
+        if self.tiling.taps is not None and self.tiling.taps < new_tokens:
+            raise LengthError(
+                f"{self.tiling!r} pays lags below {self.tiling.taps}; rows of {new_tokens} new tokens need as many. "
+                f"Build it with taps={new_tokens} or more."
+            )
         self.period = period(model, self.tiling, self.length)
         free = free_memory() if memory is None else memory
         self.memory = 1 << 62 if free is None else free

@@ -114,7 +114,9 @@ class Decoder:
         self.settle(state)
         stack = self.stack.bind(state.stack.clone()) if self.stack and state.stack else None
         pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
-        return self.bind(replace(state, pasts=pasts, stack=stack, step=None))
+        with torch.inference_mode(False):
+            start = state.start.clone()
+        return self.bind(replace(state, pasts=pasts, start=start, stack=stack, step=None))
 
     def due(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
         """The tiles that became payable with the last position."""

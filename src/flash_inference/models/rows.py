@@ -17,6 +17,7 @@ from flash_inference.mixers.mixer import Clocked
 from flash_inference.mixers.stack import STAGE, ring_rows
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Blocked, Tiling
+from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
@@ -59,7 +60,7 @@ def open_rows(decoder: Decoder, slots: int, tiling: Tiling, room: int) -> ModelS
 
 def period(model: LanguageModel, tiling: Tiling, room: int) -> int:
     """Clocks after which all that depends on the clock repeats: tiles, and where a cache keeps a position."""
-    every = [tiling.taps or 1, 2 * tiling.block]
+    every = [next_power(max(tiling.taps or 1, tiling.block))]
     for block in model.blocks:
         every += [mixer.period(room) for mixer in block.mixers if isinstance(mixer, Clocked)]
     return math.lcm(*every)
