@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_inference.errors import FilterError
+from flash_inference.filters.filter import check_choice
 from flash_inference.filters.powers import Powers
 
 
@@ -58,9 +59,7 @@ class ModalFilter(Modal):
     def modes(self) -> tuple[Tensor, Tensor]:
         """log p and R, [channels, S] complex128."""
         poles, residues = (paired(pair[:, :, 0]) for pair in (self.poles, self.residues))
-        # 0^0 is 1, but 0 log 0 is NaN: the smallest normal number takes the place of a pole at 0.
-        tiny = torch.full_like(poles, torch.finfo(torch.float64).tiny)
-        return torch.log(torch.where(poles == 0, tiny, poles)), residues
+        return log_poles(poles), residues
 
 
 class RealModalFilter(Modal):
@@ -83,21 +82,24 @@ class S4DFilter(Modal):
     """h_t = 2 Re sum_s C_s (exp(dt A_s) - 1) / A_s exp(dt A_s t): a diagonal state space, held at zero order.
 
     A = -exp(log_w_real) + i w_imag, dt = exp(log_dt). `log_dt` [channels], `C` [channels, S, 2] (real, imaginary),
-    `log_w_real` and `w_imag` [channels, S]. So p = exp(dt A) and R = 2 C (p - 1) / A. These are formed in float64 at
-    use: a pole rounded to float32 would put tap t off by t 2^-24. Source: Gu et al., On the Parameterization and
-    Initialization of Diagonal State Space Models (2022), arXiv 2206.11893.
+    `log_w_real` and `w_imag` [copies, S]: channel c has A number c modulo copies (0: one each). So p = exp(dt A) and
+    R = 2 C (p - 1) / A. These are formed in float64 at use: a pole rounded to float32 would put tap t off by t 2^-24.
+    Source: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models (2022), arXiv
+    2206.11893.
     """
 
-    def __init__(self, channels: int, length: int, *, modes: int = 32) -> None:
+    def __init__(self, channels: int, length: int, *, modes: int = 32, copies: int = 0) -> None:
         super().__init__(channels, length)
+        copies = check_copies(copies, channels)
         self.log_dt = nn.Parameter(torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)))
         self.C = nn.Parameter(torch.randn(channels, modes, 2) / 2**0.5)
-        self.log_w_real = nn.Parameter(torch.full((channels, modes), math.log(0.5)))
-        self.w_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(channels, 1))
+        self.log_w_real = nn.Parameter(torch.full((copies, modes), math.log(0.5)))
+        self.w_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(copies, 1))
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """log p and R, [channels, S] complex128."""
         A = torch.complex(-self.log_w_real.double().exp(), self.w_imag.double())
+        A = A.repeat(self.channels // len(A), 1)
         log_poles = self.log_dt.double().exp()[:, None] * A
         return log_poles, 2 * paired(self.C) * torch.expm1(log_poles) / A
 
@@ -108,6 +110,57 @@ def paired(pairs: Tensor) -> Tensor:
     A copy: complex numbers must lie on 16 bytes, and what a file was mapped to may not.
     """
     return torch.complex(*pairs.double().unbind(-1))
+
+
+class DiagonalFilter(Modal):
+    """h_t = 2 Re sum_s C_s B_s g_s p_s^t: a diagonal state space with inputs B, sampled in one of two ways.
+
+    A = -exp(log_A_real) + i A_imag, a = exp(log_dt) A. `discretization` "bilinear": p = (1 + a / 2) / (1 - a / 2), g =
+    dt / (1 - a / 2); "zoh": p = exp(a), g = (p - 1) / A. `log_dt` [channels], `C` [channels, S, 2] (real, imaginary),
+    `B` [copies, S, 2], `log_A_real` and `A_imag` [copies, S]: channel c has number c modulo copies (0: one each).
+    Published by H3 as `kernel.kernel.{log_dt, C, B, inv_A_real, A_imag}`.
+    Source: Fu et al., Hungry Hungry Hippos (2022), arXiv 2212.14052; Gu et al. (2022), arXiv 2206.11893, section 3.1.
+    """
+
+    def __init__(
+        self, channels: int, length: int, *, modes: int = 32, copies: int = 0, discretization: str = "bilinear"
+    ) -> None:
+        super().__init__(channels, length)
+        check_choice("discretization", discretization, ("bilinear", "zoh"))
+        copies = check_copies(copies, channels)
+        self.discretization = discretization
+        self.log_dt = nn.Parameter(torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.C = nn.Parameter(torch.randn(channels, modes, 2) / 2**0.5)
+        self.B = nn.Parameter(torch.ones(copies, modes, 1) * torch.tensor([1.0, 0.0]))
+        self.log_A_real = nn.Parameter(torch.full((copies, modes), math.log(0.5)))
+        self.A_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(copies, 1))
+
+    def modes(self) -> tuple[Tensor, Tensor]:
+        """log p and R, [channels, S] complex128."""
+        A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        A, B = (x.repeat(self.channels // len(A), 1) for x in (A, paired(self.B)))
+        dt = self.log_dt.double().exp()[:, None]
+        weights = 2 * paired(self.C) * B
+        if self.discretization == "zoh":
+            return dt * A, weights * torch.expm1(dt * A) / A
+        half = dt * A / 2
+        return log_poles((1 + half) / (1 - half)), weights * dt / (1 - half)
+
+
+def log_poles(poles: Tensor) -> Tensor:
+    """log p. 0^0 is 1, but 0 log 0 is NaN: the smallest normal number takes the place of a pole at 0."""
+    tiny = torch.full_like(poles, torch.finfo(torch.float64).tiny)
+    return torch.log(torch.where(poles == 0, tiny, poles))
+
+
+def check_copies(copies: int, channels: int) -> int:
+    """The number of state spaces that channels take turns in, `channels` for 0. Raises FilterError for no divisor."""
+    copies = copies or channels
+    if copies < 1 or channels % copies:
+        raise FilterError(
+            f"copies is {copies}; expected a divisor of {channels}, the channels that take turns in them."
+        )
+    return copies
 
 
 def timescales(channels: int, modes: int, length: int) -> Tensor:

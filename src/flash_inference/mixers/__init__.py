@@ -10,6 +10,7 @@ from flash_inference.mixers.long_conv import LongConv
 from flash_inference.mixers.mixer import Mixer, Moment
 from flash_inference.mixers.modal import ModalConv, ModalPast
 from flash_inference.mixers.online import OnlineConvolution
+from flash_inference.mixers.shift import ShiftSSM
 from flash_inference.mixers.short_conv import ShortConv, ShortPast
 from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.mixers.tiled import TiledPast
@@ -29,6 +30,7 @@ __all__ = [
     "Moment",
     "OnlineConvolution",
     "Rotary",
+    "ShiftSSM",
     "ShortConv",
     "ShortPast",
     "Stack",

@@ -17,23 +17,26 @@ MASK_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary positions over the whole head: pair (i, i + d/2) turns by position / interpolation * base^(-2 i / d).
+    """Rotary positions: pair (i, i + d/2) of a head turns by position / interpolation * base^(-2 i / d).
 
-    `interpolation` divides positions linearly. Source: Su et al., RoFormer (2021), arXiv 2104.09864; Chen et al.,
+    d is the head's width, or `width`, beyond which a head is left as it is. `interpolation` divides positions linearly.
+    Source: Su et al., RoFormer (2021), arXiv 2104.09864; Chen et al.,
     Extending Context Window of Large Language Models via Positional Interpolation (2023), arXiv 2306.15595.
     """
 
     base: float = 10_000.0
     interpolation: float = 1.0
+    width: int = 0
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, H, N, d] turned to positions [B or 1, N]. Angles are formed in float64: float32 loses them at 10^6."""
-        half = x.shape[-1] // 2
+        turned = self.width or x.shape[-1]
+        half = turned // 2
         places = torch.arange(half, device=x.device, dtype=torch.float64)
         angle = (positions.double() / self.interpolation)[:, None, :, None] * self.base ** (-places / half)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.split(half, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        a, b, rest = x.split((half, half, x.shape[-1] - turned), dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,14 @@ class AttentionConfig:
         object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ModelError(f"kv_heads is {self.kv_heads}; expected a divisor of heads, {self.heads}.")
-        if self.head_width < 1 or (self.rotary is not None and self.head_width % 2):
+        if self.head_width < 1 or (self.rotary is not None and (self.rotary.width or self.head_width) % 2):
             raise ModelError(
                 f"heads are {self.head_width} wide; expected at least 1, and an even width for rotary positions."
+            )
+        if self.rotary is not None and (self.rotary.width % 2 or not 0 <= self.rotary.width <= self.head_width):
+            raise ModelError(
+                f"rotary width is {self.rotary.width}; expected an even number up to {self.head_width}, the head's "
+                "width, or 0 for all of it."
             )
         if self.rotary is not None and not (self.rotary.base > 0 and self.rotary.interpolation > 0):
             raise ModelError(f"{self.rotary} has a base or an interpolation factor that is not positive.")

@@ -22,39 +22,31 @@ class FIRPast:
     inputs: Tensor
 
 
-class FIR(nn.Module):
+class FiniteResponse(nn.Module):
     """z[t] = bias + skip u[t] + sum over k < taps of h[k] u[t - k]: depthwise and causal, zero inputs before the first.
 
-    `weight` [groups, 1, taps] holds h; each group's filter serves channels / groups channels in a row. Its `order` is
-    that of "cross-correlation" (the last weight multiplies the newest input) or "convolution" (the first does).
-    Cost O(taps) per position and channel. Exact for every number of positions, also below `taps`.
+    Subclasses differ in where `kernel` takes h from. Cost O(taps) per position and channel. Exact for every number of
+    positions, also below `taps`.
     """
 
     decodes: ClassVar[str] = "FIR ring"
+    bias: nn.Parameter | None
+    skip: nn.Parameter | None
 
-    def __init__(
-        self,
-        channels: int,
-        taps: int,
-        *,
-        groups: int | None = None,
-        order: TapOrder = "cross-correlation",
-        bias: bool = True,
-        skip: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
-        groups = channels if groups is None else groups
-        if groups < 1 or channels % groups:
-            raise FilterError(f"{groups} groups of filters for {channels} channels; expected a divisor of {channels}.")
         if taps < 1:
             raise FilterError(f"taps is {taps}; expected at least 1.")
-        if order not in ("cross-correlation", "convolution"):
-            raise FilterError(f'order is {order!r}; expected "cross-correlation" or "convolution".')
-        self.channels, self.taps, self.groups, self.order = channels, taps, groups, order
-        bound = taps**-0.5
-        self.weight = nn.Parameter(torch.empty(groups, 1, taps).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
-        self.skip = nn.Parameter(torch.randn(channels)) if skip else None
+        self.channels, self.taps = channels, taps
+
+    def kernel(self) -> Tensor:
+        """h backwards, [groups, 1, taps]: the last weight multiplies the newest input."""
+        raise NotImplementedError
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and device of the inputs that are kept."""
+        return next(self.parameters())
 
     def forward(self, u: Tensor) -> Tensor:
         """The whole sequence: u [B, L, C] -> [B, L, C]."""
@@ -63,11 +55,11 @@ class FIR(nn.Module):
 
     def init(self, batch: int, length: int) -> FIRPast:
         """The empty past of `batch` rows: zeros, whatever the length."""
-        return FIRPast(self.weight.new_zeros(batch, self.taps - 1, self.channels))
+        return FIRPast(self.like.new_zeros(batch, self.taps - 1, self.channels))
 
     def past_bytes(self, length: int) -> int:
         """Bytes of one row's past."""
-        return (self.taps - 1) * self.channels * self.weight.itemsize
+        return (self.taps - 1) * self.channels * self.like.itemsize
 
     @torch.no_grad()
     def extend(self, past: FIRPast, x: Tensor, moment: Moment) -> Tensor:
@@ -83,11 +75,45 @@ class FIR(nn.Module):
 
     def apply_to(self, window: Tensor, u: Tensor) -> Tensor:
         """Outputs [B, N, C] for the inputs u [B, N, C] that end window [B, taps - 1 + N, C]."""
-        weight = self.weight if self.order == "cross-correlation" else self.weight.flip(-1)
-        weight = weight.repeat_interleave(self.channels // self.groups, dim=0)
+        weight = self.kernel().to(window.dtype)
+        weight = weight.repeat_interleave(self.channels // len(weight), dim=0)
         if u.shape[1] == 1:
             z = (window * weight[:, 0].T).sum(1, keepdim=True)
             z = z if self.bias is None else z + self.bias
         else:
             z = nn.functional.conv1d(window.mT, weight, self.bias, groups=self.channels).mT
-        return z if self.skip is None else torch.addcmul(z, self.skip, u)
+        return z if self.skip is None else torch.addcmul(z, self.skip.to(z.dtype), u)
+
+
+class FIR(FiniteResponse):
+    """A finite response with stored taps.
+
+    `weight` [groups, 1, taps] holds h; each group's filter serves channels / groups channels in a row. Its `order` is
+    that of "cross-correlation" (the last weight multiplies the newest input) or "convolution" (the first does).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        taps: int,
+        *,
+        groups: int | None = None,
+        order: TapOrder = "cross-correlation",
+        bias: bool = True,
+        skip: bool = False,
+    ) -> None:
+        super().__init__(channels, taps)
+        groups = channels if groups is None else groups
+        if groups < 1 or channels % groups:
+            raise FilterError(f"{groups} groups of filters for {channels} channels; expected a divisor of {channels}.")
+        if order not in ("cross-correlation", "convolution"):
+            raise FilterError(f'order is {order!r}; expected "cross-correlation" or "convolution".')
+        self.groups, self.order = groups, order
+        bound = taps**-0.5
+        self.weight = nn.Parameter(torch.empty(groups, 1, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.skip = nn.Parameter(torch.randn(channels)) if skip else None
+
+    def kernel(self) -> Tensor:
+        """The weight, turned round if it begins with the newest input's."""
+        return self.weight if self.order == "cross-correlation" else self.weight.flip(-1)

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from flash_inference.models.config import ModelConfig
+from flash_inference.models.h3 import H3Config
+from flash_inference.models.h3_conv import H3ConvConfig
 from flash_inference.models.hyena import HyenaConfig
+from flash_inference.models.s4d import S4DConfig
 from flash_inference.models.striped_hyena import StripedHyenaConfig
 
-FAMILIES: dict[str, type[ModelConfig]] = {config.family: config for config in (HyenaConfig, StripedHyenaConfig)}
+CONFIGS: tuple[type[ModelConfig], ...] = (
+    HyenaConfig,
+    StripedHyenaConfig,
+    H3Config,
+    H3ConvConfig,
+    S4DConfig,
+)
+
+FAMILIES: dict[str, type[ModelConfig]] = {config.family: config for config in CONFIGS}

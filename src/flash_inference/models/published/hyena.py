@@ -255,7 +255,10 @@ def _tell_of_head(settings: Settings, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_original(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return isinstance(config.get("layer"), dict) and any("backbone.layers." in name for name in names)
+    # Other operators of safari stand in the same backbone; those of Hyena have a network for their filter.
+    return isinstance(config.get("layer"), dict) and any(
+        "backbone.layers." in name and ".filter_fn." in name for name in names
+    )
 
 
 def _is_dna(config: Mapping[str, Any], names: Collection[str]) -> bool:

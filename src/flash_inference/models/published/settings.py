@@ -39,6 +39,13 @@ class Settings:
             raise self.error(name, value, f"{span}, the choice {why}")
         return value
 
+    def divisor(self, name: str, of: int, default: int) -> int:
+        """A whole number that divides another."""
+        value = self.integer(name, default)
+        if of % value:
+            raise self.error(name, value, f"a divisor of {of}")
+        return value
+
     def odd(self, name: str, default: int) -> int:
         """An odd number of at least 3: a time, and pairs of cosine and sine."""
         value = self.integer(name, default, least=3)
@@ -75,12 +82,15 @@ class Settings:
             raise self.error(name, value, f"one of {', '.join(map(repr, allowed))}")
         return value
 
-    def indices(self, name: str) -> list[int]:
-        """A list of different whole numbers of at least 0."""
+    def indices(self, name: str, below: int | None = None) -> list[int]:
+        """A list of different whole numbers of at least 0, and less than `below` if that is given."""
         value = self._take(name, None)
-        good = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+        good = isinstance(value, list) and all(
+            type(i) is int and i >= 0 and (below is None or i < below) for i in value
+        )
         if not good or len(set(value)) != len(value):
-            raise self.error(name, value, "a list of different integers of at least 0")
+            span = "of at least 0" if below is None else f"from 0 to {below - 1}"
+            raise self.error(name, value, f"a list of different integers {span}")
         return value
 
     def only(self, why: str, **values: Any) -> None:
