@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+import flash_inference as fi
+from flash_inference.errors import FlashInferenceError
 
 
 @dataclass(frozen=True)
@@ -238,3 +242,18 @@ KINDS = (
     cut_the_file, flip_a_bit, empty_the_file, lose_the_file, change_a_size, lose_a_key, misspell_a_key, add_a_key,
     name_another_layout,
 )  # fmt: skip
+
+
+def survives(folder: Path, broken: Path, target: Target, seeds: range) -> list[str]:
+    """What of many damages loaded all the same."""
+    loaded = []
+    for seed in seeds:
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(folder, broken)
+        told = damage(broken, target, random.Random(seed))
+        try:
+            fi.load(broken)
+        except FlashInferenceError:
+            continue
+        loaded.append(f"{seed}: {told}")
+    return loaded

@@ -61,6 +61,11 @@ class Draw:
 def random_weights(case: Case, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Float64 tensors under published names. State spaces forget within 10 to 500 positions."""
     draw = Draw(seed)
+    (_draw_savanna if case.layout.startswith("savanna") else _draw_safari)(draw, case, length)
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in draw.w.items()}
+
+
+def _draw_safari(draw: Draw, case: Case, length: int) -> None:
     P = f"{case.outer}backbone."
     draw.put(f"{P}embeddings.word_embeddings.weight", VOCAB, D)
     draw.w[f"{case.outer}lm_head.weight"] = draw.w[f"{P}embeddings.word_embeddings.weight"].copy()
@@ -72,7 +77,53 @@ def random_weights(case: Case, length: int, seed: int = 0) -> dict[str, torch.Te
         draw.linear(f"{layer}mlp.fc1", INNER, D)
         draw.linear(f"{layer}mlp.fc2", D, INNER)
     draw.norm(f"{P}ln_f")
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in draw.w.items()}
+
+
+def _draw_savanna(draw: Draw, case: Case, length: int) -> None:
+    """Sine networks have small weights: unit ones amplify float32 error."""
+    layers, scale = len(case.operators), case.setting("norm", "bias")
+    draw.put("sequential.0.word_embeddings.weight", VOCAB, D)
+    for i in range(layers):
+        layer = f"sequential.{i + 2}."
+        _savanna_norm(draw, f"{layer}input_layernorm", scale)
+        if case.setting("mlp_norm", True):
+            _savanna_norm(draw, f"{layer}pre_mlp_layernorm", scale)
+        mixer, filter = f"{layer}attention.", f"{layer}attention.mixer.filter."
+        draw.linear(f"{mixer}query_key_value", 3 * D, D)
+        draw.put(f"{mixer}hyena_proj_conv.weight", 3 * D, 1, 4, scale=0.5)
+        draw.put(f"{mixer}hyena_proj_conv.bias", 3 * D, scale=0.5)
+        draw.linear(f"{mixer}dense", D, D)
+        draw.put(f"{mixer}mixer.long_conv_bias", D // case.head, scale=0.5)
+        k = np.arange(length)[:, None] / length
+        z = np.concatenate(
+            [k * length / (length - 1), np.cos(2 * math.pi * k * [0, 1]), np.sin(2 * math.pi * k * [0, 1])], 1
+        )
+        draw.w[f"{filter}pos_emb.z"] = z[None] + 0.01 * draw.rng.standard_normal((1, *z.shape))
+        draw.w[f"{filter}pos_emb.t"] = k[None] * length / (length - 1)
+        for n, inside in ((0, 5), (2, 6), (4, 6)):
+            draw.linear(f"{filter}implicit_filter.{n}", 6, inside, 0.2)
+        draw.put(f"{filter}implicit_filter.1.freq", 1, 6, scale=0.5, shift=10.0)
+        for copy in ("act.freq", "implicit_filter.3.freq", "implicit_filter.5.freq"):
+            draw.w[filter + copy] = draw.w[f"{filter}implicit_filter.1.freq"].copy()
+        draw.put(f"{filter}final_filter.weight", D // case.head, 6, scale=0.15)
+        draw.put(f"{filter}modulation.weight", 1, 1, D // case.head, scale=1.0, shift=4.0)
+        feed = case.setting("feed", "regular")
+        if feed == "regular":
+            draw.linear(f"{layer}mlp.dense_h_to_4h", 4 * D, D)
+            draw.linear(f"{layer}mlp.dense_4h_to_h", D, 4 * D)
+        elif feed == "llama":
+            for name, out, inside in (("w1", 256, D), ("w3", 256, D), ("w2", D, 256)):
+                draw.put(f"{layer}mlp.{name}.weight", out, inside, scale=inside**-0.5)
+    _savanna_norm(draw, f"sequential.{layers + 3}.norm", scale)
+    if not case.setting("tied", True):
+        draw.put(f"sequential.{layers + 4}.final_linear.weight", VOCAB, D)
+
+
+def _savanna_norm(draw: Draw, name: str, kind: str) -> None:
+    if kind == "scale":
+        draw.put(f"{name}.scale", D, scale=0.2, shift=1.0)
+    else:
+        draw.norm(name)
 
 
 def _draw_h3(draw: Draw, case: Case, mixer: str, length: int) -> None:
@@ -130,15 +181,69 @@ DRAWS: dict[str, Callable[[Draw, Case, str, int], None]] = {
 def logits(case: Case, weights: dict[str, torch.Tensor], ids: list[int]) -> np.ndarray:
     """Logits [L, V] of the published definition: every sum is formed directly."""
     w = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    return (_savanna if case.layout.startswith("savanna") else _safari)(case, w, ids)
+
+
+def _safari(case: Case, w: Weights, ids: list[int]) -> np.ndarray:
     P = f"{case.outer}backbone."
     x = w[f"{P}embeddings.word_embeddings.weight"][ids]
     for i, operator in enumerate(case.operators):
         layer = f"{P}layers.{i}."
         x = x + OPERATORS[operator](case, w, f"{layer}mixer.", _norm(x, w, f"{layer}norm1"))
         h = _linear(_norm(x, w, f"{layer}norm2"), w, f"{layer}mlp.fc1")
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        x = x + _linear(h, w, f"{layer}mlp.fc2")
+        x = x + _linear(_gelu_tanh(h), w, f"{layer}mlp.fc2")
     return _norm(x, w, f"{P}ln_f") @ w[f"{P}embeddings.word_embeddings.weight"].T
+
+
+def _savanna(case: Case, w: Weights, ids: list[int]) -> np.ndarray:
+    layers, feed = len(case.operators), case.setting("feed", "regular")
+    x = w["sequential.0.word_embeddings.weight"][ids]
+    for i in range(layers):
+        layer = f"sequential.{i + 2}."
+        x = x + _multi_hyena(case, w, f"{layer}attention.", _any_norm(case, x, w, f"{layer}input_layernorm"))
+        h = _any_norm(case, x, w, f"{layer}pre_mlp_layernorm") if case.setting("mlp_norm", True) else x
+        if feed == "regular":
+            h = _gelu_tanh(_linear(h, w, f"{layer}mlp.dense_h_to_4h"))
+            x = x + _linear(h, w, f"{layer}mlp.dense_4h_to_h")
+        elif feed == "llama":
+            gate = h @ w[f"{layer}mlp.w1.weight"].T
+            up = h @ w[f"{layer}mlp.w3.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{layer}mlp.w2.weight"].T
+    x = _any_norm(case, x, w, f"sequential.{layers + 3}.norm")
+    head = f"sequential.{layers + 4}.final_linear.weight"
+    return x @ w["sequential.0.word_embeddings.weight" if case.setting("tied", True) else head].T
+
+
+def _multi_hyena(case: Case, w: Weights, mixer: str, x: np.ndarray) -> np.ndarray:
+    L, d, np_heads = len(x), case.head, case.setting("projections", 4)
+    u = _linear(x, w, f"{mixer}query_key_value")
+    kernel = w[f"{mixer}hyena_proj_conv.weight"][:, 0]
+    padded = np.concatenate([np.zeros((kernel.shape[1] - 1, 3 * D)), u])
+    u = w[f"{mixer}hyena_proj_conv.bias"] + sum(padded[j : j + L] * kernel[:, j] for j in range(kernel.shape[1]))
+    q, k, v = (u.reshape(L, np_heads, 3, D // np_heads)[:, :, part].reshape(L, D) for part in range(3))
+    filter, z = f"{mixer}mixer.filter.", w[f"{mixer}mixer.filter.pos_emb.z"][0]
+    for n in (0, 2, 4):
+        z = np.sin(w[f"{filter}act.freq"] * _linear(z, w, f"{filter}implicit_filter.{n}"))
+    decay = np.exp(-w[f"{filter}pos_emb.t"][0] * np.abs(w[f"{filter}modulation.weight"][0]))
+    h = z @ w[f"{filter}final_filter.weight"].T * decay
+    y = np.zeros((L, D))
+    for c in range(D // d):
+        for a in range(d):
+            for b in range(d):
+                kv = k[:, c * d + a] * v[:, c * d + b]
+                long = np.convolve(kv, h[:, c])[:L] + w[f"{mixer}mixer.long_conv_bias"][c] * kv
+                y[:, c * d + b] += q[:, c * d + a] * long
+    return _linear(y, w, f"{mixer}dense")
+
+
+def _any_norm(case: Case, x: np.ndarray, w: Weights, name: str) -> np.ndarray:
+    if case.setting("norm", "bias") == "bias":
+        return _norm(x, w, name)
+    return w[f"{name}.scale"] * x / (np.sqrt((x**2).sum(-1, keepdims=True)) / math.sqrt(D) + 1e-6)
+
+
+def _gelu_tanh(h: np.ndarray) -> np.ndarray:
+    return 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
 
 def _h3(case: Case, w: Weights, mixer: str, x: np.ndarray) -> np.ndarray:
@@ -259,6 +364,13 @@ def _model(layers: int, section: str, **layer: Any) -> dict[str, Any]:
 
 HYBRID = {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "rotary_emb_dim": 2, "use_flash_attn": True}}
 H3 = {"d_state": 6, "head_dim": 1, "mode": "diag", "measure": "diag-lin", "lr": 0.001}
+SAVANNA = {
+    "num_layers": 2, "hidden_size": D, "num_heads": 2, "num_attention_heads": 4, "seq_length": None, "short_conv_L": 4,
+    "attention_config": [[["hyena"], 2]], "padded_vocab_size": VOCAB, "hyena_filter_order": 6,
+    "hyena_filter_emb_dim": 5, "hyena_filter_w": 14, "use_hyena_filter": True, "use_fast_heads": False,
+    "use_slow_heads": True, "norm": "layernorm", "prenorm": True, "postnorm": False, "identity_mlp": False,
+    "pos_emb": "none", "bias_gelu_fusion": True, "precision": "bfloat16", "optimizer": {"type": "Adam"},
+}  # fmt: skip
 CASES = (
     Case("h3-hybrid", "h3", _model(3, "ssm_cfg", mode="diag", measure="diag-lin", d_state=6) | HYBRID,
          ("h3", "attention", "h3"), settings={"rotary": 2}),
@@ -279,10 +391,22 @@ CASES = (
     Case("safari-s4d-glu", "safari-s4d",
          _model(2, "layer", _name_="s4d", d_state=6, transposed=False, postact="glu", n_ssm=4), ("s4d", "s4d"),
          "model.", settings={"postact": "glu", "n_ssm": 4}),
+    Case("multi-hyena", "savanna-multi-hyena", SAVANNA | {"pre_mlp_norm": True}, ("multi-hyena",) * 2, head=4),
+    Case("multi-hyena-bare", "savanna-multi-hyena-bare",
+         SAVANNA | {"identity_mlp": True, "num_heads": 4, "num_attention_heads": 8}, ("multi-hyena",) * 2, head=2,
+         settings={"feed": "none", "mlp_norm": False, "projections": 8}),
+    Case("multi-hyena-unnormed", "savanna-multi-hyena-bare", SAVANNA, ("multi-hyena",) * 2, head=4,
+         settings={"mlp_norm": False}),
+    Case("multi-hyena-llama", "savanna-multi-hyena",
+         SAVANNA | {"pre_mlp_norm": True, "norm": "rmsnorm", "rms_norm_epsilon": 1e-6, "mlp_type": "llama",
+                    "activation": "silu", "no_weight_tying": True, "bias_gelu_fusion": False},
+         ("multi-hyena",) * 2, head=4, settings={"norm": "scale", "feed": "llama", "tied": False}),
 )  # fmt: skip
 
 
 def config_of(case: Case, length: int) -> dict[str, Any]:
     """The config.json of a model of some length."""
+    if "seq_length" in case.config:
+        return case.config | {"seq_length": length}
     layer = case.config.get("layer", {})
     return case.config | {"layer": layer | {"l_max": length}} if "l_max" in layer else case.config

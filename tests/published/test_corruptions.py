@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
-import shutil
 from functools import partial
 
 import pytest
 import torch
-from corruptions import Target, damage
+from corruptions import Target, survives
 from hyena_reference import CASES
 from striped_reference import CASES as STRIPED_CASES
+from test_gated import LAYOUTS as GATED
 from test_hyena import publish
 from test_striped_hyena import publish as publish_striped
 
 import flash_inference as fi
-from flash_inference.errors import FlashInferenceError
 from flash_inference.models.published import LAYOUTS
 
 LENGTH = 12
@@ -61,22 +59,8 @@ TARGETS = {
 
 
 def test_every_layout_is_damaged_here():
-    assert TARGETS.keys() == {layout.name for layout in LAYOUTS}
-
-
-def survives(folder, broken, target: Target, seeds: range) -> list[str]:
-    """What of many damages loaded all the same."""
-    loaded = []
-    for seed in seeds:
-        shutil.rmtree(broken, ignore_errors=True)
-        shutil.copytree(folder, broken)
-        told = damage(broken, target, random.Random(seed))
-        try:
-            fi.load(broken)
-        except FlashInferenceError:
-            continue
-        loaded.append(f"{seed}: {told}")
-    return loaded
+    """Here, or with the other tests of H3, S4D and MultiHyena."""
+    assert TARGETS.keys() | {layout.name for layout in GATED} == {layout.name for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", TARGETS)

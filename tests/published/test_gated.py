@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from corruptions import Target, damage
+from corruptions import Target, survives
 from gated_reference import CASES, VOCAB, Case, config_of, logits, random_weights
 
 import flash_inference as fi
 from flash_inference.engine.plan import plan
 from flash_inference.engine.verify import verify
 from flash_inference.errors import CheckpointError, FlashInferenceError
-from flash_inference.models.published import to_published
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.hyena import FilterConfig
+from flash_inference.models.multi_hyena import MultiHyenaConfig
+from flash_inference.models.published import h3, multi_hyena, s4d, to_published
 from flash_inference.tiling import Blocked
 
 LENGTH = 300
+LAYOUTS = (*h3.LAYOUTS, *s4d.LAYOUTS, *multi_hyena.LAYOUTS)
 cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 BY_ID = {case.id: case for case in CASES}
 
@@ -140,6 +143,7 @@ WAYS = {
     "h3-conv": [("SquashedFilter", "tiles"), ("SquashedFilter", "tiles")],
     "attention": [("Attention", "KV cache")],
     "s4d": [("ModalConv", "recurrence")],
+    "multi-hyena": [("SharedFilter", "tiles"), ("ShortConv", "FIR ring")],
 }
 
 
@@ -180,17 +184,24 @@ def tensors_of(past):
         ("safari-s4d", "layer", {"bidirectional": True}), ("safari-s4d", "layer", {"transposed": True}),
         ("safari-s4d", "layer", {"activation": "relu"}), ("safari-s4d", "layer", {"postact": "tanh"}),
         ("safari-s4d", "layer", {"channels": 2}), ("safari-s4d", "layer", {"n_ssm": 3}),
+        ("multi-hyena", "", {"use_fast_heads": True}), ("multi-hyena", "", {"normalize_hyena_filters": True}),
+        ("multi-hyena", "", {"hyena_filter_cls": "s4d"}), ("multi-hyena", "", {"hyena_pos_emb": "random_fourier"}),
+        ("multi-hyena", "", {"postnorm": True}), ("multi-hyena", "", {"proj_groups": 8}),
+        ("multi-hyena", "", {"model_parallel_size": 2}), ("multi-hyena", "", {"norm": "scalenorm"}),
+        ("multi-hyena", "", {"bias_gelu_fusion": False}), ("multi-hyena", "", {"num_heads": 3}),
+        ("multi-hyena", "", {"attention_config": [[["flash"], 2]]}), ("multi-hyena", "", {"hyena_filter_emb_dim": 4}),
     ],
     ids=str,
 )  # fmt: skip
 def test_settings_that_mean_another_model_are_refused_by_name(tmp_path, case, section, setting):
     config = config_of(BY_ID[case], 20)
-    publish(tmp_path, BY_ID[case], length=20, config=config | {section: config[section] | setting})
-    with pytest.raises(CheckpointError, match=rf"{section}\.{next(iter(setting))} = .*expected"):
+    changed = setting if not section else {section: config[section] | setting}
+    publish(tmp_path, BY_ID[case], length=20, config=config | changed)
+    with pytest.raises(CheckpointError, match=rf"{section}\.?{next(iter(setting))} = .*expected"):
         fi.load(tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.layout != "h3"][::2], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in CASES if "layer" in case.config][::2], ids=lambda case: case.id)
 def test_unknown_keys_are_refused_with_the_nearest(tmp_path, case):
     config = config_of(case, 20)
     publish(tmp_path, case, length=20, config=config | {"layer": config["layer"] | {"hed_dim": 1, "d_stat": 6}})
@@ -204,6 +215,42 @@ def test_blocks_that_attend_are_blocks(tmp_path, blocks):
     publish(tmp_path, case, length=20, config=config_of(case, 20) | {"attn_layer_idx": blocks})
     with pytest.raises(CheckpointError, match=r"attn_layer_idx = .*expected a list of different integers from 0 to 2"):
         fi.load(tmp_path)
+
+
+def test_what_savanna_stores_and_never_uses_is_passed_over(tmp_path):
+    for id, unused in (("multi-hyena", ("post_attention", "outer_mlp")), ("multi-hyena-bare", ("pre_mlp",))):
+        weights, ids = random_weights(BY_ID[id], 40), torch.tensor([some_ids(40)])
+        publish(tmp_path / "plain", BY_ID[id], length=40, weights=weights)
+        for name in unused:
+            weights[f"sequential.2.{name}_layernorm.weight"] = torch.ones(8, dtype=torch.float64)
+        weights["sequential.3.attention.mixer.short_conv_weight"] = torch.ones(3, 8, 1, 4, dtype=torch.float64)
+        publish(tmp_path / "full", BY_ID[id], length=40, weights=weights)
+        assert torch.equal(fi.load(tmp_path / "plain")(ids), fi.load(tmp_path / "full")(ids))
+
+
+def test_a_multi_hyena_whose_filters_are_modes_runs_as_recurrences():
+    """Chosen by the filter alone: no tiles, the same outputs."""
+    torch.manual_seed(0)
+    config = MultiHyenaConfig(31, 8, 2, 100, heads=2, tied=False, filter=FilterConfig("modal", options={"modes": 3}))
+    model = LanguageModel(config).double().eval().requires_grad_(False)
+    ways = [(layer.part, layer.decodes, layer.why) for layer in plan(model, max_new_tokens=50).layers]
+    modes = ("ModalConv", "recurrence", "a filter that is a short sum of exponentials")
+    assert ways == 2 * [("ShortConv", "FIR ring", "a filter of few taps"), modes]
+    tokens, decoder = torch.randint(31, (2, 100)), model.decoder()
+    assert decoder.stack is None
+    state = decoder.init(2, Blocked(100))
+    got = [decoder.extend(state, tokens[:, a:b], every=True) for a, b in ((0, 3), (3, 4), (4, 60), (60, 100))]
+    assert (torch.cat(got, 1) - model(tokens)).abs().max() <= 1e-9
+    mixer = model.blocks[0].mixer
+    x = torch.randn(1, 30, 8, dtype=torch.float64)
+    q, k, v = mixer.short(mixer.in_proj(x))[0].chunk(3, dim=1)
+    y, h = torch.zeros(30, 8, dtype=torch.float64), mixer.recurrence.filter.taps(30)
+    for t in range(30):
+        for head in (slice(0, 4), slice(4, 8)):
+            rho, skip = h[head.start // 4], mixer.skip[head.start // 4]
+            past = sum(rho[t - i] * torch.outer(k[i, head], v[i, head]) for i in range(t + 1))
+            y[t, head] = q[t, head] @ (past + skip * torch.outer(k[t, head], v[t, head]))
+    assert (mixer.out_proj(y) - mixer(x)[0]).abs().max() <= 1e-9
 
 
 def test_rotary_frequencies_of_another_base_are_refused(tmp_path):
@@ -238,42 +285,37 @@ def test_notes_tell_what_no_file_states(tmp_path):
 SIZES = (("d_model",), ("n_layer",), ("d_inner",))
 NEEDED = (("d_model",), ("n_layer",), ("vocab_size",))
 HEAD = "lm_head.weight"
+SAVANNA = tuple((name,) for name in ("num_layers", "hidden_size", "seq_length", "padded_vocab_size"))
+COPIES = ("act.freq", "implicit_filter.3.freq", "implicit_filter.5.freq")
 # Heads of attention are no size: any number that divides the width fits the tensors.
 DAMAGED = {
     "h3-hybrid": Target("pytorch_model.bin", (*SIZES, ("ssm_cfg", "d_state")),
                         (*NEEDED, ("ssm_cfg",), ("attn_cfg", "num_heads")), (HEAD, "inv_freq")),
+    "safari-h3": Target("pytorch_model.bin", SIZES, (*NEEDED, ("layer",)), (HEAD,)),
     "safari-h3-heads": Target("pytorch_model.bin", (*SIZES, ("layer", "d_state"), ("layer", "head_dim")),
                               (*NEEDED, ("layer",), ("layer", "d_state"), ("layer", "head_dim")), (HEAD,)),
     "safari-h3-conv": Target("pytorch_model.bin", (*SIZES, ("layer", "l_max")), (*NEEDED, ("layer", "l_max")), (HEAD,)),
     "safari-s4d-glu": Target("pytorch_model.bin", (*SIZES, ("layer", "d_state"), ("layer", "n_ssm")),
                              (*NEEDED, ("layer", "d_state"), ("layer", "transposed"), ("layer", "postact")), (HEAD,)),
+    "multi-hyena": Target("pytorch_model.bin", (*SAVANNA, ("num_heads",)), (*SAVANNA, ("use_slow_heads",)), COPIES),
+    "multi-hyena-bare": Target("pytorch_model.bin", (*SAVANNA, ("num_heads",)), (*SAVANNA, ("num_heads",)), COPIES),
+    "multi-hyena-llama": Target("pytorch_model.bin", SAVANNA, (*SAVANNA, ("no_weight_tying",)), COPIES),
 }  # fmt: skip
 
 
-def survivors(good, broken, target: Target, seeds: range) -> list[str]:
-    """What of many damages loaded all the same."""
-    loaded = []
-    for seed in seeds:
-        shutil.rmtree(broken, ignore_errors=True)
-        shutil.copytree(good, broken)
-        told = damage(broken, target, random.Random(seed))
-        try:
-            fi.load(broken)
-        except FlashInferenceError:
-            continue
-        loaded.append(f"{seed}: {told}")
-    return loaded
+def test_every_layout_is_damaged_here():
+    assert {BY_ID[case].layout for case in DAMAGED} == {layout.name for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_sixty_damages_are_sixty_errors(tmp_path, case):
     publish(tmp_path / "good", BY_ID[case], torch.float32, 12)
     fi.load(tmp_path / "good")
-    assert survivors(tmp_path / "good", tmp_path / "bad", DAMAGED[case], range(60)) == []
+    assert survives(tmp_path / "good", tmp_path / "bad", DAMAGED[case], range(60)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGED)
 def test_five_hundred_damages(tmp_path, case):
     publish(tmp_path / "good", BY_ID[case], torch.float32, 12)
-    assert survivors(tmp_path / "good", tmp_path / "bad", DAMAGED[case], range(60, 560)) == []
+    assert survives(tmp_path / "good", tmp_path / "bad", DAMAGED[case], range(60, 560)) == []

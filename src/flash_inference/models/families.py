@@ -6,6 +6,7 @@ from flash_inference.models.config import ModelConfig
 from flash_inference.models.h3 import H3Config
 from flash_inference.models.h3_conv import H3ConvConfig
 from flash_inference.models.hyena import HyenaConfig
+from flash_inference.models.multi_hyena import MultiHyenaConfig
 from flash_inference.models.s4d import S4DConfig
 from flash_inference.models.striped_hyena import StripedHyenaConfig
 
@@ -15,6 +16,7 @@ CONFIGS: tuple[type[ModelConfig], ...] = (
     H3Config,
     H3ConvConfig,
     S4DConfig,
+    MultiHyenaConfig,
 )
 
 FAMILIES: dict[str, type[ModelConfig]] = {config.family: config for config in CONFIGS}

@@ -15,13 +15,19 @@ from torch import Tensor
 
 from flash_inference.errors import CheckpointError, ModelError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.published import h3, hyena, s4d, striped_hyena
+from flash_inference.models.published import h3, hyena, multi_hyena, s4d, striped_hyena
 from flash_inference.models.published.files import Weights, read_config, read_weights
 from flash_inference.models.published.layout import Layout, Rename, View, read, write
 from flash_inference.models.tokenizer import read_tokenizer
 from flash_inference.models.tokens import TOKENIZER
 
-LAYOUTS: tuple[Layout, ...] = (*hyena.LAYOUTS, *striped_hyena.LAYOUTS, *h3.LAYOUTS, *s4d.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *hyena.LAYOUTS,
+    *striped_hyena.LAYOUTS,
+    *h3.LAYOUTS,
+    *s4d.LAYOUTS,
+    *multi_hyena.LAYOUTS,
+)
 """Every layout that `load` recognises: a family adds its own here."""
 
 __all__ = ["LAYOUTS", "Layout", "Rename", "View", "read_published", "to_published"]
