@@ -14,11 +14,14 @@ from flash_inference import FilterConfig, HyenaConfig
 from flash_inference.errors import FilterError, LengthError, ShapeError
 from flash_inference.filters import (
     FILTERS,
+    DiagonalFilter,
     ExplicitFilter,
     Filter,
     ImplicitFilter,
     MultiscaleFilter,
     RelativePositionFilter,
+    SharedFilter,
+    ShiftFilter,
     SpectralBank,
     SpectralFilter,
     SquashedFilter,
@@ -58,6 +61,8 @@ MAKERS: dict[str, Callable[[], Filter]] = {
     "relative-endless": lambda: RelativePositionFilter(C, L, width=8, layers=0, decay="none"),
     "spectral": lambda: SpectralFilter(C, L, count=5),
     "spectral-L": lambda: SpectralFilter(C, L, count=5, hankel="L"),
+    "shift": lambda: ShiftFilter(C, L, order=5),
+    "diagonal": lambda: DiagonalFilter(C, L, modes=3, copies=2),
     "bank": lambda: SpectralBank(L, count=2),
     "bank-L": lambda: SpectralBank(L, count=4, hankel="L"),
 }
@@ -164,6 +169,16 @@ def test_every_kind_makes_a_layer_that_extends_as_it_forwards(kind: str) -> None
     expected = causal_conv_oracle(y, conv.filter.taps(80)) + conv.skip.detach() * y
     close(got, expected)
     close(conv(y).detach(), expected)
+
+
+def test_a_shared_filter_repeats_anothers_taps() -> None:
+    inner = randomised(ExplicitFilter(3, 20))
+    shared = SharedFilter(inner, 4)
+    assert isinstance(shared, Filter)
+    assert (shared.channels, shared.length) == (12, 20)
+    for start, n, channels in ((0, 20, slice(None)), (3, 5, slice(2, 9)), (19, 1, slice(0, 0))):
+        expected = torch.stack([inner.rho[c // 4, start : start + n] for c in range(12)])[channels]
+        assert torch.equal(shared.taps(n, start, channels), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- implicit

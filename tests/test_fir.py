@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.errors import FilterError
-from flash_inference.mixers import FIR, Moment
+from flash_inference.mixers import FIR, Moment, ShiftSSM
 
 CASES = list(itertools.product([1, 2, 7, 128], [6, 2, 1], ["cross-correlation", "convolution"], [True, False]))
 
@@ -89,3 +89,38 @@ def test_bad_arguments_are_named() -> None:
         FIR(6, 0)
     with pytest.raises(FilterError, match="order is 'newest'; expected"):
         FIR(6, 3, order="newest")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [1, 2, 7])
+def test_a_shift_state_space_is_its_state_moved_on(order):
+    """s[t] = (0, s[t-1][:-1]) + B u[t], z[t] = C . s[t] + skip u[t], in chunks of every size."""
+    mixer = ShiftSSM(3, order).double().requires_grad_(False)
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p)
+    u, state = torch.randn(2, 20, 3, dtype=torch.float64), torch.zeros(2, 3, order, dtype=torch.float64)
+    expected = torch.zeros_like(u)
+    for t in range(20):
+        state = torch.cat([torch.zeros(2, 3, 1), state[..., :-1]], -1) + mixer.filter.B * u[:, t, :, None]
+        expected[:, t] = (state * mixer.filter.C).sum(-1) + mixer.skip * u[:, t]
+    assert (mixer(u) - expected).abs().max() <= 1e-12
+    for sizes in ([1] * 20, [3, 1, 9, 7], [20]):
+        past, at, pieces = mixer.init(2, 20), 0, []
+        for n in sizes:
+            pieces.append(mixer.extend(past, u[:, at : at + n], Moment(at)))
+            at += n
+        assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-12
+    impulse = torch.zeros(1, 20, 3, dtype=torch.float64)
+    impulse[:, 0] = 1
+    taps = (mixer(impulse) - mixer.skip * impulse)[0].T
+    for start, n in ((0, 20), (3, 2), (order, 4), (1, 0)):
+        assert torch.allclose(mixer.filter.taps(n, start), taps[:, start : start + n], atol=1e-12)
+        assert torch.allclose(mixer.filter.taps(n, start, slice(1, 3)), taps[1:3, start : start + n], atol=1e-12)
+
+
+def test_a_shift_state_space_follows_its_parameters():
+    mixer = ShiftSSM(2, 3).requires_grad_(False)
+    x, at = torch.randn(1, 1, 2), Moment(0)
+    before = mixer.extend(mixer.init(1, 4), x, at)
+    mixer.filter.C.mul_(2)
+    after = mixer.extend(mixer.init(1, 4), x, at)
+    assert torch.allclose(after - mixer.skip * x, 2 * (before - mixer.skip * x))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_inference.errors import FilterError, ShapeError
-from flash_inference.filters import Modal, ModalFilter, RealModalFilter, S4DFilter
+from flash_inference.filters import DiagonalFilter, Modal, ModalFilter, RealModalFilter, S4DFilter
 from flash_inference.mixers import ModalConv, Moment
 from flash_inference.mixers import modal as mixer
 from flash_inference.mixers.modal import CHUNK
@@ -35,7 +35,21 @@ def s4d(channels: int = 4, length: int = 300) -> S4DFilter:
     return S4DFilter(channels, length, modes=4)
 
 
-FILTERS = {"modal": modal, "real": real, "s4d": s4d}
+def s4d_shared(channels: int = 4, length: int = 300) -> S4DFilter:
+    return S4DFilter(channels, length, modes=4, copies=1)
+
+
+def bilinear(channels: int = 4, length: int = 300) -> DiagonalFilter:
+    return DiagonalFilter(channels, length, modes=4, copies=channels // 2 if channels % 2 == 0 else 0)
+
+
+def held(channels: int = 4, length: int = 300) -> DiagonalFilter:
+    filter = DiagonalFilter(channels, length, modes=4, discretization="zoh")
+    torch.nn.init.normal_(filter.B)
+    return filter
+
+
+FILTERS = {"modal": modal, "real": real, "s4d": s4d, "s4d-shared": s4d_shared, "bilinear": bilinear, "zoh": held}
 
 
 def poles_and_residues(filter: Modal) -> tuple[Tensor, Tensor]:
@@ -45,11 +59,22 @@ def poles_and_residues(filter: Modal) -> tuple[Tensor, Tensor]:
         return tuple(torch.complex(w[name][..., 0, 0], w[name][..., 0, 1]) for name in ("poles", "residues"))  # type: ignore[return-value]
     if isinstance(filter, RealModalFilter):
         return w["log_poles"][..., 0].exp() + 0j, w["residues"] + 0j
+    if isinstance(filter, DiagonalFilter):
+        w = {name: value.numpy().astype(np.longdouble) for name, value in w.items()}
+        turns = [c % len(w["B"]) for c in range(filter.channels)]
+        A = (-np.exp(w["log_A_real"]) + 1j * w["A_imag"])[turns]
+        dt = np.exp(w["log_dt"])[:, None]
+        weights = 2 * (w["C"][..., 0] + 1j * w["C"][..., 1]) * (w["B"][..., 0] + 1j * w["B"][..., 1])[turns]
+        if filter.discretization == "zoh":
+            poles, sampled = np.exp(dt * A), (np.exp(dt * A) - 1) / A
+        else:
+            poles, sampled = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
+        return torch.from_numpy(poles.astype(complex)), torch.from_numpy((weights * sampled).astype(complex))
     # p - 1 cancels where dt is small: extended precision keeps the oracle's residues good to float64.
     log_dt, C, log_real, imag = (
         w[name].numpy().astype(np.longdouble) for name in ("log_dt", "C", "log_w_real", "w_imag")
     )
-    A = -np.exp(log_real) + 1j * imag
+    A = (-np.exp(log_real) + 1j * imag)[[c % len(imag) for c in range(filter.channels)]]
     poles = np.exp(np.exp(log_dt)[:, None] * A)
     residues = 2 * (C[..., 0] + 1j * C[..., 1]) * (poles - 1) / A
     return torch.from_numpy(poles.astype(complex)), torch.from_numpy(residues.astype(complex))
@@ -241,3 +266,30 @@ def test_steps_are_taken_where_they_are_faster() -> None:
     assert mixer.stepwise(torch.zeros(2, 1000, mixer.FULL // 2))
     assert not mixer.stepwise(torch.zeros(1, 1000, 4))
     assert not mixer.stepwise(torch.zeros(1, 1000, mixer.FULL, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "copies"), [(S4DFilter, 3), (DiagonalFilter, 3), (S4DFilter, -1), (DiagonalFilter, 8)]
+)
+def test_channels_take_turns_in_a_divisor_of_their_number(kind, copies):
+    with pytest.raises(
+        FilterError, match=rf"copies is {copies}; expected a divisor of 4, the channels that take turns"
+    ):
+        kind(4, 20, copies=copies)
+
+
+def test_a_discretization_that_depends_on_the_length_is_unknown():
+    with pytest.raises(FilterError, match=r"discretization is 'dss'; expected one of 'bilinear', 'zoh'"):
+        DiagonalFilter(4, 20, discretization="dss")
+
+
+def test_a_bilinear_pole_at_zero_gives_one_tap():
+    """exp(log_dt) A = -2 + 0 i: what comes in is forgotten at once."""
+    filter = DiagonalFilter(1, 20, modes=1).double()
+    with torch.no_grad():
+        filter.log_dt.fill_(0.0)
+        filter.log_A_real.fill_(2.0).log_()
+        filter.A_imag.zero_()
+    taps = filter.taps(5)[0]
+    assert taps[0] != 0
+    assert taps[1:].abs().max() <= 1e-15

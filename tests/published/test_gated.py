@@ -253,6 +253,28 @@ def test_a_multi_hyena_whose_filters_are_modes_runs_as_recurrences():
     assert (mixer.out_proj(y) - mixer(x)[0]).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("id", ["h3-hybrid", "safari-h3-conv", "safari-s4d", "multi-hyena-llama"])
+def test_sixteen_bits_keep_filters_in_float32(tmp_path, id):
+    """State spaces and filters published in float32 beside 16-bit matrices, and what that gives in float64."""
+    case, wide = BY_ID[id], ("kernel", "mixer.filter", "_D", ".D", "long_conv_bias", "inv_freq")
+    weights = {
+        name: (tensor.float() if any(part in name for part in wide) else tensor.bfloat16())
+        for name, tensor in random_weights(case, LENGTH).items()
+    }
+    publish(tmp_path, case)
+    torch.save({"state_dict": weights} if case.outer else weights, tmp_path / "pytorch_model.bin")
+    ids = some_ids()
+    expected = logits(case, weights, ids)
+    got = fi.load(tmp_path, dtype=torch.float64)(torch.tensor([ids]))[0].numpy()
+    assert np.abs(got - expected).max() <= 1e-9 * np.abs(expected).max()
+    model = fi.load(tmp_path)
+    for name, tensor in model.named_parameters():
+        assert tensor.dtype == torch.float32 if ".filter." in name else True
+    assert model.embedding.weight.dtype == torch.bfloat16
+    tokens = fi.generate(model, torch.tensor([ids[:20]]), max_new_tokens=5)
+    assert tokens.shape == (1, 5)
+
+
 def test_rotary_frequencies_of_another_base_are_refused(tmp_path):
     case = BY_ID["h3-hybrid"]
     weights = random_weights(case, 20)

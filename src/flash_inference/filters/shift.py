@@ -25,5 +25,6 @@ class ShiftFilter(nn.Module):
     def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
         """Taps start .. start + n - 1 of some channels as [channels, n]. O(n order) per channel."""
         B, C = wide(self.B[channels]), wide(self.C[channels])
-        later = nn.functional.pad(C[:, start:], (0, n + self.order - 1 - max(self.order - start, 0)))
-        return (later.unfold(1, self.order, 1) * B[:, None]).sum(-1)
+        known = max(self.order - start, 0)
+        later = nn.functional.pad(C[:, start:], (0, max(n, 1) + self.order - 1 - known))
+        return (later.unfold(1, self.order, 1)[:, :n] * B[:, None]).sum(-1)

@@ -20,8 +20,8 @@ class Rotary:
     """Rotary positions: pair (i, i + d/2) of a head turns by position / interpolation * base^(-2 i / d).
 
     d is the head's width, or `width`, beyond which a head is left as it is. `interpolation` divides positions linearly.
-    Source: Su et al., RoFormer (2021), arXiv 2104.09864; Chen et al.,
-    Extending Context Window of Large Language Models via Positional Interpolation (2023), arXiv 2306.15595.
+    Source: Su et al., RoFormer (2021), arXiv 2104.09864; Chen et al., Extending Context Window of Large Language Models
+    via Positional Interpolation (2023), arXiv 2306.15595.
     """
 
     base: float = 10_000.0

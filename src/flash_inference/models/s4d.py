@@ -25,8 +25,8 @@ JOINS = ("linear", "glu")
 class S4DConfig(ModelConfig):
     """An S4D language model. Its state spaces know no longest sequence: `length` bounds what is asked of it.
 
-    `filter` is of a kind that is a sum of modes ("s4d", "dss", ..). `join` says what follows: a "linear" map, or a
-    "glu", which gates one half of a linear map by the other.
+    `filter` is of a kind that is a sum of modes ("s4d", "diagonal", "modal", "real-modal"). `join` says what follows: a
+    "linear" map, or a "glu", which gates one half of a linear map by the other.
     """
 
     family: ClassVar[str] = "s4d"

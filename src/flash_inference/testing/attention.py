@@ -61,10 +61,10 @@ def _turned(x: Array, dx: Array, config: AttentionConfig, eps: float) -> tuple[A
     """x [L, d] with the halves of each pair rotated, position by position."""
     if config.rotary is None:
         return x, dx
-    y, dy, half = np.zeros_like(x), np.zeros_like(x), x.shape[1] // 2
+    y, dy, half = x.copy(), dx.copy(), (config.rotary.width or x.shape[1]) // 2
     for t in range(len(x)):
         for i in range(half):
-            angle = t / config.rotary.interpolation * config.rotary.base ** (-2 * i / x.shape[1])
+            angle = t / config.rotary.interpolation * config.rotary.base ** (-i / half)
             turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
             pair = [i, i + half]
             y[t, pair] = turn @ x[t, pair]

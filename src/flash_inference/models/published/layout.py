@@ -136,8 +136,9 @@ def read(
     kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
     others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
     derived = layout.derived(ours, weights.tensors)
-    faults = _faults(table, expected, {name: tensor for name, tensor in kept.items() if name not in derived})
-    faults += _derived_faults(derived, kept)
+    given = {name: tensor for name, tensor in kept.items() if name not in derived}
+    most = _dtype(table, given)
+    faults = _faults(table, expected, given, most) + _derived_faults(derived, kept, most)
     faults += [f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
@@ -145,9 +146,9 @@ def read(
             f"the tensors of {weights.path} do not make the {layout.name} model of its config: "
             f"{'; '.join(faults[:SHOWN])}{more}. Fetch config and weights again, of one revision."
         )
-    tensors = {rename.ours: _ours(rename, kept) for rename in table}
+    tensors = {rename.ours: _ours(rename, kept, most) for rename in table}
     if dtype is None:
-        settings.notes += _round(tensors, _dtype(kept))
+        settings.notes += _round(tensors, most)
     assign(model, {name: cast(name, tensor, dtype, device) for name, tensor in tensors.items()})
     model.notes = (f"read as {layout.name}: {layout.about}", *settings.notes)
     return model.eval().requires_grad_(False)
@@ -184,10 +185,11 @@ def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
         ) from None
 
 
-def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+def _faults(
+    table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[str]:
     """All that is wrong with the tensors, each fault with its published name."""
     faults: list[str] = []
-    dtype = _dtype(got)
     known: set[str] = set()
     for rename in table:
         names = (*rename.published, *rename.optional)
@@ -210,10 +212,10 @@ def _faults(table: list[Rename], expected: Mapping[str, Tensor], got: Mapping[st
     return faults + [f"unexpected {name} {shape(got[name])}" for name in got if name not in known]
 
 
-def _derived_faults(derived: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+def _derived_faults(derived: Mapping[str, Tensor], got: Mapping[str, Tensor], dtype: torch.dtype) -> list[str]:
     """Stored tensors that are not what the config says; float32 is allowed beside the dtype of the others."""
     faults: list[str] = []
-    allowed = (torch.float32, _dtype(got))
+    allowed = (torch.float32, dtype)
     for name, tensor in got.items():
         value = derived.get(name)
         if value is None:
@@ -237,14 +239,16 @@ def _round(tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     return [f"{len(wider)} tensors stored in float32 were rounded to {dtype}, as the others are"] if wider else []
 
 
-def _dtype(got: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of most of the tensors."""
-    counts = Counter(tensor.dtype for tensor in got.values() if tensor.dtype in DTYPES)
+def _dtype(table: list[Rename], got: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of most of the tensors; those that may be wider than the others count only where all may be."""
+    either = {name for rename in table if rename.float32 for name in (*rename.published, *rename.optional)}
+    counted = {name: tensor for name, tensor in got.items() if name not in either} or got
+    counts = Counter(tensor.dtype for tensor in counted.values() if tensor.dtype in DTYPES)
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def _ours(rename: Rename, got: Mapping[str, Tensor]) -> Tensor:
+def _ours(rename: Rename, got: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     if not rename.published:
         assert rename.build is not None
-        return rename.build().to(_dtype(got))
+        return rename.build().to(dtype)
     return rename.view.read(got[rename.published[0]]).contiguous()
