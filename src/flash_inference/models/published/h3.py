@@ -172,7 +172,7 @@ def _attention(settings: Settings, fields: Mapping[str, Any]) -> dict[str, Any]:
     attention.ignore("use_flash_attn", "fused_bias_fc", "dropout", "return_residual", "checkpointing", "layer_idx")
     attention.only(ATTENTION, causal=True, cross_attn=False, dwconv=False, softmax_scale=None, bias=True)
     attention.only(ATTENTION, rotary_emb_scale_base=0, rotary_emb_base=BASE, rotary_emb_interleaved=False)
-    heads = attention.divisor("num_heads", fields["width"], 0)
+    heads = attention.divisor("num_heads", fields["width"])
     rotary = attention.integer("rotary_emb_dim", 0, least=0)
     if rotary % 2 or rotary > fields["width"] // heads:
         raise attention.error("rotary_emb_dim", rotary, f"an even number up to {fields['width'] // heads}")

@@ -113,7 +113,7 @@ def _multi_hyena(settings: Settings, tensors: Mapping[str, Tensor]) -> MultiHyen
         layers=layers,
         length=settings.integer("seq_length"),
         heads=settings.divisor("num_heads", width, 8),
-        projections=settings.divisor("num_attention_heads", width, 0),
+        projections=settings.divisor("num_attention_heads", width),
         inner=inner,
         short_taps=settings.integer("short_conv_L"),
         filter=FilterConfig(

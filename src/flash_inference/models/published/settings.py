@@ -39,7 +39,7 @@ class Settings:
             raise self.error(name, value, f"{span}, the choice {why}")
         return value
 
-    def divisor(self, name: str, of: int, default: int) -> int:
+    def divisor(self, name: str, of: int, default: int | None = None) -> int:
         """A whole number that divides another."""
         value = self.integer(name, default)
         if of % value:
