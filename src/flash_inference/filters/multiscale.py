@@ -21,7 +21,7 @@ class MultiscaleFilter(nn.Module):
     ("nearest"). `norm` is stored, not recomputed: the published module sets it once, to the 2-norm of all taps at its
     first forward (`renormalise` does the same).
 
-    Published as GConv: `kernel_list.i` (c, H, kernel_dim), here `pieces` [S, c * H, points]; `multiplier` (1, H, 1),
+    Published as GConv: `kernel_list.i` (c, H, kernel_dim), here `pieces.i` [c * H, points]; `multiplier` (1, H, 1),
     here [c * H], by default between `decay_min` and `decay_max`; `kernel_norm` (c, H, 1), meaningless unless
     `kernel_norm_initialized`; `init_scale` is `first`; the words of `mode` are `arrangement` ("cat", "sum") and
     `interpolation` ("nearest", otherwise linear). A `mode` with "learnable" has no counterpart here. The skip term `D`
@@ -50,7 +50,8 @@ class MultiscaleFilter(nn.Module):
         count = max(1 + math.ceil(math.log2(length / points)) - first, 1) if pieces is None else pieces
         self.channels, self.length, self.first = channels, length, first
         self.arrangement, self.interpolation = arrangement, interpolation
-        self.pieces = nn.Parameter(torch.randn(count, channels, points))
+        self.points = points
+        self.pieces = nn.ParameterList(torch.randn(channels, points) for _ in range(count))
         self.multiplier = nn.Parameter(torch.linspace(*decay, channels), requires_grad=False)
         self.norm = nn.Parameter(torch.ones(channels), requires_grad=False)
         self.renormalise()
@@ -58,7 +59,7 @@ class MultiscaleFilter(nn.Module):
     @property
     def reach(self) -> int:
         """Lags up to which the pieces reach: later taps are zero."""
-        return self.pieces.shape[2] << (self.first + self.pieces.shape[0] - 1)
+        return self.points << (self.first + len(self.pieces) - 1)
 
     @torch.no_grad()
     def renormalise(self) -> None:
@@ -68,15 +69,14 @@ class MultiscaleFilter(nn.Module):
 
     def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
         """Taps start .. start + n - 1 of some channels as [channels, n]. O(n) per channel, O(S n) for a sum."""
-        pieces = wide(self.pieces[:, channels])
         multiplier, norm = wide(self.multiplier[channels])[:, None], wide(self.norm[channels])[:, None]
-        count, width, points = pieces.shape
-        total = pieces.new_zeros(width, n)
-        for i in range(count):
+        total = norm.new_zeros(len(norm), n)
+        for i, piece in enumerate(self.pieces):
             scale, offset = self._place(i)
-            begin, end = max(offset, start), min(offset + points * scale, start + n)
+            begin, end = max(offset, start), min(offset + self.points * scale, start + n)
             if begin < end:
-                part = multiplier ** (count - 1 - i) * self._stretched(pieces[i], begin - offset, end - begin, scale)
+                power = multiplier ** (len(self.pieces) - 1 - i)
+                part = power * self._stretched(wide(piece[channels]), begin - offset, end - begin, scale)
                 total[:, begin - start : end - start] += part
         return total / norm
 
@@ -85,7 +85,7 @@ class MultiscaleFilter(nn.Module):
         if self.arrangement == "sum":
             return 1 << (self.first + i), 0
         scale = 1 << (self.first + max(i - 1, 0))
-        return scale, scale * self.pieces.shape[2] if i else 0
+        return scale, scale * self.points if i else 0
 
     def _stretched(self, piece: Tensor, start: int, n: int, scale: int) -> Tensor:
         """Places start .. start + n - 1 of a piece [width, points] stretched by a power of two, as [width, n]."""

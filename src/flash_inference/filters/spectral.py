@@ -85,17 +85,21 @@ class SpectralBank(nn.Module):
     """The 2 count scalar filters of an exact STU: rho[k] = phi[:, k] and rho[count + k] = (-1)^lag phi[:, k].
 
     An exact STU convolves every input channel with each of them and sums y = sum over k of (rho_k * u) M+_k +
-    (rho_{count + k} * u) M-_k. With hankel "L" there are the first `count` only. `channels` is their number.
+    (rho_{count + k} * u) M-_k. With hankel "L" there are the first `count` only. `channels` is their number, times
+    `width`: each filter stands there for `width` channels in a row, laid out (filter, channel).
 
     Published: `phi` (seq_len, num_eigh); the layer's `stu.M_phi_plus`, `stu.M_phi_minus` (num_eigh, d_in, d_out) are
     M+, M-.
     Source: Liu et al., Flash STU: Fast Spectral Transform Units (2024), arXiv 2409.10489.
     """
 
-    def __init__(self, length: int, *, count: int = 24, hankel: str = "Z", phi: Tensor | None = None) -> None:
+    def __init__(
+        self, length: int, *, count: int = 24, hankel: str = "Z", phi: Tensor | None = None, width: int = 1
+    ) -> None:
         super().__init__()
         check_choice("hankel", hankel, HANKELS)
-        self.channels, self.length, self.hankel = count if hankel == "L" else 2 * count, length, hankel
+        self.length, self.hankel, self.width = length, hankel, width
+        self.channels = (count if hankel == "L" else 2 * count) * width
         self.phi = nn.Parameter(stored_basis(length, count, hankel, phi), requires_grad=False)
 
     def taps(self, n: int, start: int = 0, channels: slice = slice(None)) -> Tensor:
@@ -105,11 +109,13 @@ class SpectralBank(nn.Module):
         if self.hankel == "Z":
             signs = 1 - 2 * (torch.arange(start, start + n, device=phi.device) % 2).to(phi.dtype)
             phi = torch.cat([phi, signs * phi])
-        return phi[channels]
+        return phi[torch.arange(self.channels, device=phi.device)[channels] // self.width]
 
 
 def stored_basis(length: int, count: int, hankel: str, phi: Tensor | None) -> Tensor:
-    """A copy of the phi given, checked, or the computed one in the default dtype."""
+    """A copy of the phi given, checked, or the computed one in the default dtype (on the meta device its shape)."""
+    if phi is None and torch.get_default_device().type == "meta":
+        return torch.empty(length, count)
     if phi is None:
         return spectral_basis(length, count, hankel).to(torch.get_default_dtype())
     if tuple(phi.shape) != (length, count):

@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         # What a family has beyond ModelConfig and Block is known to those who know the family.
         self.config: Any = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = config.embedding()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = cast("list[Any]", nn.ModuleList(config.blocks()))
         self.norm: Any = config.final_norm()

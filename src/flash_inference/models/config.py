@@ -59,6 +59,10 @@ class ModelConfig(ABC):
             "pad_token": 0 <= self.pad_token < self.vocab_size,
         }
 
+    def embedding(self) -> nn.Embedding:
+        """What stands before the first block: token ids to hidden states."""
+        return nn.Embedding(self.vocab_size, self.width)
+
     @abstractmethod
     def blocks(self) -> list[Block]:
         """The blocks in order, with fresh weights."""

@@ -33,3 +33,15 @@ class RMSNorm(nn.Module):
         mean = wide.square().mean(-1, keepdim=True)
         scale = (mean + self.eps).rsqrt() if self.eps_place == "inside" else 1 / (mean.sqrt() + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
+
+
+class PlainRMSNorm(nn.Module):
+    """x / (||x|| / sqrt(D) + eps): a root mean square norm without weights, eps outside the root."""
+
+    def __init__(self, width: int, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., D] -> [.., D]."""
+        return x / (x.norm(dim=-1, keepdim=True) * self.width**-0.5 + self.eps)

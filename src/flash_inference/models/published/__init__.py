@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_inference.errors import CheckpointError, ModelError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.published import h3, hyena, multi_hyena, s4d, striped_hyena
+from flash_inference.models.published import h3, hyena, long_conv, multi_hyena, s4d, striped_hyena, stu, tnn
 from flash_inference.models.published.files import Weights, read_config, read_weights
 from flash_inference.models.published.layout import Layout, Rename, View, read, write
 from flash_inference.models.tokenizer import read_tokenizer
@@ -27,6 +27,9 @@ LAYOUTS: tuple[Layout, ...] = (
     *h3.LAYOUTS,
     *s4d.LAYOUTS,
     *multi_hyena.LAYOUTS,
+    *long_conv.LAYOUTS,
+    *stu.LAYOUTS,
+    *tnn.LAYOUTS,
 )
 """Every layout that `load` recognises: a family adds its own here."""
 

@@ -20,12 +20,12 @@ from flash_inference.models.hyena import FilterConfig
 from flash_inference.models.published.layout import Layout, Rename, axes
 from flash_inference.models.published.safari import (
     OPTIMIZER,
-    backbone,
     has,
     longest,
-    outer_name,
     pair,
-    settings_of,
+    plain_renames,
+    prefix,
+    text_backbone,
 )
 from flash_inference.models.published.settings import Settings
 
@@ -42,9 +42,9 @@ WIDE = {
 
 def _renames(config: H3Config, names: Collection[str], mixes: Callable[[str, str], list[Rename]]) -> list[Rename]:
     """The renames of a model; `mixes` gives those of what a layer's gates stand around."""
-    table = backbone(names)
+    table = plain_renames(names)
     for i in range(config.layers):
-        published, ours = f"{outer_name(names)}backbone.layers.{i}.mixer.", f"blocks.{i}.mixer."
+        published, ours = f"{prefix(names)}backbone.layers.{i}.mixer.", f"blocks.{i}.mixer."
         if i in config.attention:
             table += pair(f"{ours}mixer.qkv", f"{published}Wqkv") + pair(f"{ours}mixer.out", f"{published}out_proj")
         else:
@@ -92,7 +92,7 @@ def _frequencies(config: H3Config, names: Collection[str]) -> dict[str, Tensor]:
     if not config.rotary:
         return {}
     frequencies = BASE ** (-torch.arange(0, config.rotary, 2, dtype=torch.float64) / config.rotary)
-    layers = f"{outer_name(names)}backbone.layers."
+    layers = f"{prefix(names)}backbone.layers."
     return {f"{layers}{i}.mixer.rotary_emb.inv_freq": frequencies for i in config.attention}
 
 
@@ -112,7 +112,7 @@ def _original_h3(settings: Settings, tensors: Mapping[str, Tensor]) -> H3Config:
 
 
 def _state_space_config(settings: Settings, layer: Settings, tensors: Mapping[str, Tensor]) -> H3Config:
-    fields = settings_of(settings, tensors)
+    fields = text_backbone(settings, tensors)
     layer.ignore("measure", "measure_args", "rank", *OPTIMIZER)
     layer.only(SSM, mode="diag", channels=1, real_type="exp", bandlimit=None, force_real=False)
     shift = layer.integer("d_state", 64)
@@ -140,7 +140,7 @@ def _state_space_config(settings: Settings, layer: Settings, tensors: Mapping[st
 
 
 def _h3_conv(settings: Settings, tensors: Mapping[str, Tensor]) -> H3ConvConfig:
-    fields = settings_of(settings, tensors)
+    fields = text_backbone(settings, tensors)
     layer = settings.section("layer")
     layer.only("the tensors are those of H3Conv", _name_="h3-conv")
     layer.ignore("use_fast_fftconv", *OPTIMIZER)

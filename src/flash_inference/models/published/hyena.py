@@ -18,14 +18,21 @@ from torch import Tensor
 
 from flash_inference.models.hyena import FilterConfig, HyenaConfig
 from flash_inference.models.published.layout import Layout, Rename, axes, swapped
+from flash_inference.models.published.safari import (
+    EPS,
+    backbone,
+    backbone_renames,
+    padded,
+    pair,
+    prefix,
+    tell_of_head,
+    text,
+    without_attention,
+)
 from flash_inference.models.published.settings import TRANSFORMERS, Settings
-from flash_inference.models.tokens import TOKENIZER
 
-DNA_VOCABULARY, MULTIMOLECULE_VOCABULARY, GPT2_VOCABULARY = 12, 11, 50257
-EPS = 1e-5
+DNA_VOCABULARY, MULTIMOLECULE_VOCABULARY = 12, 11
 CAUSAL = "this library generates from causal Hyena operators of one head and one block"
-TRAINING = ("resid_dropout", "embed_dropout", "initializer_cfg", "checkpoint_mixer", "checkpoint_mlp")
-FUSED = ("fused_mlp", "fused_dropout_add_ln", "residual_in_fp32", "sequence_parallel", "use_flashfftconv")
 
 
 # ---------------------------------------------------------------------------------------------------- the rename table
@@ -34,22 +41,11 @@ FUSED = ("fused_mlp", "fused_dropout_add_ln", "residual_in_fp32", "sequence_para
 def _renames(config: HyenaConfig, backbone: str, norm: str, mixer: str, mlp: str, head: str) -> list[Rename]:
     """Our names and published ones, for a backbone's prefix, its last norm, and what wraps mixers and MLPs."""
     layer, ours = f"{backbone}layers.{{i}}.", "blocks.{i}."
-    filter_fn = f"{layer}{mixer}filter_fn."
-    embedding, last = f"{backbone}embeddings.word_embeddings.weight", 2 * config.filter.inner + 2
+    filter_fn, last = f"{layer}{mixer}filter_fn.", 2 * config.filter.inner + 2
     sines = tuple(f"{filter_fn}implicit_filter.{2 * n + 1}.freq" for n in range(config.filter.inner + 1))
-
-    def pair(name: str, published: str) -> list[Rename]:
-        return [Rename(f"{name}.{part}", (f"{published}.{part}",)) for part in ("weight", "bias")]
-
-    table = [Rename("embedding.weight", (embedding,), (head,) if config.tied else ())]
-    table += [] if config.tied else [Rename("head.weight", (head,))]
-    table += pair("norm", f"{backbone}{norm}")
-    for name in ("norm1", "norm2"):
-        table += pair(ours + name, layer + name)
+    table = backbone_renames(backbone, head, norm=norm, mlp=mlp, tied=config.tied)
     for name, published in (("in_proj", "in_proj"), ("short", "short_filter"), ("out_proj", "out_proj")):
         table += pair(f"{ours}mixer.{name}", f"{layer}{mixer}{published}")
-    for name in ("fc1", "fc2"):
-        table += pair(f"{ours}mlp.{name}", f"{layer}{mlp}{name}")
     for n in range(config.filter.inner + 1):
         table += pair(f"{ours}mixer.filter.linears.{n}", f"{filter_fn}implicit_filter.{2 * n}")
     return [
@@ -65,7 +61,7 @@ def _renames(config: HyenaConfig, backbone: str, norm: str, mixer: str, mlp: str
 
 def _original_renames(config: HyenaConfig, names: Collection[str]) -> list[Rename]:
     """The names of the training code: under "model." in a Lightning checkpoint, ".layer." where it was checkpointed."""
-    outer = "model." if any(name.startswith("model.backbone.") for name in names) else ""
+    outer = prefix(names)
     mixer = "mixer.layer." if any(".mixer.layer." in name for name in names) else "mixer."
     mlp = "mlp.layer." if any(".mlp.layer." in name for name in names) else "mlp."
     return _renames(config, f"{outer}backbone.", "ln_f", mixer, mlp, f"{outer}lm_head.weight")
@@ -108,11 +104,8 @@ def _decay_rates(channels: int) -> Tensor:
 
 def _original(settings: Settings, vocab: int, *, orders: range, shorts: range, shift: float) -> HyenaConfig:
     """The config of the training code, with the operator's settings under "layer"."""
-    settings.ignore("_name_", "_target_", "return_hidden_state", "n_classes", "attn_cfg", *TRAINING, *FUSED)
-    settings.ignore(*TRANSFORMERS)
-    settings.only("attention layers and classifiers are not read", attn_layer_idx=None, use_head=False)
-    settings.only("Hyena has no embedding of positions", max_position_embeddings=0)
-    width, multiple = settings.integer("d_model"), settings.integer("pad_vocab_size_multiple", 1)
+    outer = backbone(settings, vocab)
+    without_attention(settings)
     layer = settings.section("layer")
     layer.ignore("lr", "wd", "lr_pos_emb", "w", "dropout", "filter_dropout", "fused_bias_fc", "fused_fft_conv")
     layer.ignore("jit_filter", "return_state", "use_flashfftconv", "modulation_lr", "layer_idx", "verbose")
@@ -121,16 +114,13 @@ def _original(settings: Settings, vocab: int, *, orders: range, shorts: range, s
     layer.only(CAUSAL, outer_mixing=False, post_order_ffn=False, activation="id", filter_cls="hyena-filter")
     layer.only("filters are not normalised over their channels here", normalized=False)
     layer.only("frequencies and the skip term are read from the tensors", train_freq=True, bias=True, use_bias=True)
-    layer.only("it is the width of the model", d_model=width)
+    layer.only("it is the width of the model", d_model=outer["width"])
     modulate = layer.flag("modulate", True)
     window = f"the window's shift is stored nowhere; {shift} was used, as in the published code (layer.shift sets it)"
     config = HyenaConfig(
-        vocab_size=_padded(vocab, multiple),
-        width=width,
-        layers=settings.integer("n_layer"),
+        **outer,
         length=layer.integer("l_max"),
         order=layer.within("order", orders, 2, "of this layout"),
-        inner=settings.integer("d_inner", 4 * width),
         short_taps=layer.within("short_filter_order", shorts, 3, "of this layout, whose code has no other"),
         filter=FilterConfig(
             width=layer.integer("filter_order", 64),
@@ -140,7 +130,6 @@ def _original(settings: Settings, vocab: int, *, orders: range, shorts: range, s
             shift=layer.number("shift", shift, window if modulate else ""),
             positions="stored",
         ),
-        norm_eps=settings.number("layer_norm_epsilon", EPS, ""),
     )
     layer.only("it is another word for short_filter_order", local_order=config.short_taps)
     layer.finish()
@@ -150,17 +139,15 @@ def _original(settings: Settings, vocab: int, *, orders: range, shorts: range, s
 def _hyenadna(settings: Settings, tensors: Mapping[str, Tensor]) -> HyenaConfig:
     vocab = settings.integer("vocab_size")
     config = _original(settings, vocab, orders=range(2, 3), shorts=range(3, 4), shift=0.05)
-    _tell_of_head(settings, tensors)
+    tell_of_head(settings, tensors)
     return dataclasses.replace(config, **_dna(settings, vocab))
 
 
 def _safari(settings: Settings, tensors: Mapping[str, Tensor], shorts: range = range(1, 65)) -> HyenaConfig:
     vocab = settings.integer("vocab_size")
     config = _original(settings, vocab, orders=range(2, 65), shorts=shorts, shift=0.0)
-    _tell_of_head(settings, tensors)
-    end = vocab - 1 if vocab == GPT2_VOCABULARY else None
-    tokens: dict[str, Any] = {} if end is None else {"start_token": end, "stop_tokens": (end,), "pad_token": end}
-    return dataclasses.replace(config, tokens=TOKENIZER, **tokens)
+    tell_of_head(settings, tensors)
+    return dataclasses.replace(config, **text(vocab))
 
 
 def _safari_standalone(settings: Settings, tensors: Mapping[str, Tensor]) -> HyenaConfig:
@@ -176,7 +163,7 @@ def _hf(settings: Settings, tensors: Mapping[str, Tensor]) -> HyenaConfig:
     settings.only("the port's blocks have 1e-5, whatever the config says", layer_norm_epsilon=EPS)
     width, vocab = settings.integer("d_model"), settings.integer("vocab_size")
     return HyenaConfig(
-        vocab_size=_padded(vocab, settings.integer("pad_vocab_size_multiple", 8)),
+        vocab_size=padded(vocab, settings.integer("pad_vocab_size_multiple", 8)),
         width=width,
         layers=settings.integer("n_layer"),
         length=settings.integer("max_seq_len"),
@@ -197,7 +184,7 @@ def _multimolecule(settings: Settings, tensors: Mapping[str, Tensor]) -> HyenaCo
     if vocab != MULTIMOLECULE_VOCABULARY:
         raise settings.error("vocab_size", vocab, f"{MULTIMOLECULE_VOCABULARY}, its special tokens and A, C, G, T, N")
     return HyenaConfig(
-        vocab_size=_padded(vocab, settings.integer("pad_vocab_size_multiple", 8)),
+        vocab_size=padded(vocab, settings.integer("pad_vocab_size_multiple", 8)),
         width=width,
         layers=settings.integer("num_hidden_layers"),
         length=settings.integer("max_position_embeddings"),
@@ -234,21 +221,12 @@ def _dna(settings: Settings, vocab: int) -> dict[str, Any]:
     return {"tokens": "dna", "start_token": 0, "stop_tokens": (1,), "pad_token": 4}
 
 
-def _padded(vocab: int, multiple: int) -> int:
-    return -(-vocab // multiple) * multiple
-
-
 def _tie(settings: Settings, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the head is the embedding: as the config says."""
     tied = settings.flag("tie_word_embeddings", True)
     if tied:
-        _tell_of_head(settings, tensors)
+        tell_of_head(settings, tensors)
     return tied
-
-
-def _tell_of_head(settings: Settings, tensors: Mapping[str, Tensor]) -> None:
-    if not any(name.endswith("lm_head.weight") for name in tensors):
-        settings.notes.append("the head is not stored; it is the embedding, as in the published code")
 
 
 # --------------------------------------------------------------------------------------------------------- the layouts

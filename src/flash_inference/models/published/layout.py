@@ -93,7 +93,8 @@ class Layout:
 
     `recognise(config, names)` says whether a folder is one. `configure(settings, tensors)` takes all keys of the config
     and gives ours. `renames(config, names)` is the rename table for our config, in the spelling of the names that a
-    folder uses. Names that match `ignored` hold nothing the model needs.
+    folder uses. Names that match `ignored` hold nothing the model needs. `constants(config, names)` are tensors that
+    all checkpoints of the layout have with one value: our model does not need them, but another value is another model.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Layout:
     rows: Callable[[Any, Mapping[str, Any]], Mapping[str, View]] = lambda config, settings: {}
     derived: Callable[[Any, Collection[str]], Mapping[str, Tensor]] = lambda config, names: {}
     ignored: re.Pattern[str] = re.compile(r".*\._extra_state")
+    constants: Callable[[Any, Collection[str]], dict[str, Tensor]] = lambda config, names: {}
 
     def table(self, config: Any, names: Collection[str], settings: Mapping[str, Any]) -> list[Rename]:
         """The rename table, layer by layer, for a folder with such names and such a config."""
@@ -135,10 +137,11 @@ def read(
         raise ModelError(f"the rename table of {layout.name} and the model disagree on {sorted(lost)}; this is a bug.")
     kept = {name: tensor for name, tensor in weights.tensors.items() if not layout.ignored.fullmatch(name)}
     others = {name: kind for name, kind in weights.others.items() if not layout.ignored.fullmatch(name)}
-    derived = layout.derived(ours, weights.tensors)
-    given = {name: tensor for name, tensor in kept.items() if name not in derived}
+    derived, constants = layout.derived(ours, weights.tensors), layout.constants(ours, weights.tensors)
+    given = {name: tensor for name, tensor in kept.items() if name not in derived and name not in constants}
     most = _dtype(table, given)
     faults = _faults(table, expected, given, most) + _derived_faults(derived, kept, most)
+    faults += _wrong_constants(constants, kept)
     faults += [f"{name} is of type {kind}, expected a tensor" for name, kind in others.items()]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
@@ -166,7 +169,8 @@ def write(
     for rename in layout.table(model.config, names, settings or {}):
         for name in (*rename.published, *rename.optional):
             tensors[name] = rename.view.write(state[rename.ours].detach()).contiguous().clone()
-    return tensors | {name: tensor.float() for name, tensor in layout.derived(model.config, names).items()}
+    derived = {name: tensor.float() for name, tensor in layout.derived(model.config, names).items()}
+    return tensors | derived | layout.constants(model.config, names)
 
 
 def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
@@ -229,6 +233,16 @@ def _derived_faults(derived: Mapping[str, Tensor], got: Mapping[str, Tensor], dt
         elif not torch.allclose(tensor.double(), value, rtol=torch.finfo(tensor.dtype).eps + FORMED, atol=0):
             faults.append(f"{name} is not what the config makes it, {value.tolist()[:4]} ..")
     return faults
+
+
+def _wrong_constants(constants: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    """What differs from the tensors that a layout has with one value."""
+    faults = [f"missing {name} {shape(value)}" for name, value in constants.items() if name not in got]
+    return faults + [
+        f"{name} is {got[name].tolist()} ({got[name].dtype}), expected {value.tolist()} ({value.dtype})"
+        for name, value in constants.items()
+        if name in got and not (got[name].dtype == value.dtype and torch.equal(got[name], value))
+    ]
 
 
 def _round(tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:

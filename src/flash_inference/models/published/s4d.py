@@ -14,7 +14,16 @@ from torch import Tensor
 
 from flash_inference.models.hyena import FilterConfig
 from flash_inference.models.published.layout import Layout, Rename, axes
-from flash_inference.models.published.safari import OPTIMIZER, backbone, has, longest, outer_name, pair, settings_of
+from flash_inference.models.published.safari import (
+    OPTIMIZER,
+    has,
+    longest,
+    pair,
+    plain_renames,
+    prefix,
+    text_backbone,
+    without_attention,
+)
 from flash_inference.models.published.settings import Settings
 from flash_inference.models.s4d import S4DConfig
 
@@ -23,10 +32,10 @@ CAUSAL = "this library generates from causal S4D operators of one channel"
 
 
 def _renames(config: S4DConfig, names: Collection[str]) -> list[Rename]:
-    mixer, ours = f"{outer_name(names)}backbone.layers.{{i}}.mixer.", "blocks.{i}.mixer."
+    mixer, ours = f"{prefix(names)}backbone.layers.{{i}}.mixer.", "blocks.{i}.mixer."
     kernel, filter = f"{mixer}kernel.kernel.", f"{ours}long.filter."
     return [
-        *backbone(names),
+        *plain_renames(names),
         Rename(f"{filter}log_dt", (f"{kernel}log_dt",), float32=True),
         Rename(f"{filter}C", (f"{kernel}C",), view=axes(1), float32=True),
         Rename(f"{filter}log_w_real", (f"{kernel}log_w_real",), float32=True),
@@ -37,9 +46,8 @@ def _renames(config: S4DConfig, names: Collection[str]) -> list[Rename]:
 
 
 def _s4d(settings: Settings, tensors: Mapping[str, Tensor]) -> S4DConfig:
-    fields = settings_of(settings, tensors)
-    settings.ignore("attn_cfg")
-    settings.only("attention is not read beside this operator", attn_layer_idx=None)
+    fields = text_backbone(settings, tensors)
+    without_attention(settings)
     layer = settings.section("layer")
     layer.only("the tensors are those of S4D", _name_="s4d")
     layer.only(CAUSAL, channels=1, bidirectional=False, activation="gelu")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from flash_inference.errors import CheckpointError
+
+T = TypeVar("T")
 
 # Keys that transformers writes beside a model's own, none of which changes what the model computes.
 TRANSFORMERS = (
@@ -92,6 +95,14 @@ class Settings:
             span = "of at least 0" if below is None else f"from 0 to {below - 1}"
             raise self.error(name, value, f"a list of different integers {span}")
         return value
+
+    def word(self, name: str, ours: Mapping[Any, T], default: str | None) -> T:
+        """What we have for one of several published words; a missing key means `default`."""
+        self._known.add(name)
+        value = self._left.pop(name, default)
+        if not isinstance(value, str | None) or value not in ours:
+            raise self.error(name, value, f"one of {', '.join(map(repr, ours))}")
+        return ours[value]
 
     def only(self, why: str, **values: Any) -> None:
         """Keys that may be missing, or have the one value that this library computes."""
