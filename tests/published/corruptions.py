@@ -41,7 +41,7 @@ def damage(folder: Path, target: Target, rng: random.Random) -> str:
 def read(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weight file."""
     content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    return content.get("state_dict", content)
+    return content.get("state_dict", content.get("model", content))
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -120,9 +120,10 @@ def add_a_tensor(tensors, target, rng):
 def reshape_a_tensor(tensors, target, rng):
     name = rng.choice(list(tensors))
     old = tensors[name]
-    ways = [old[None], old[..., None], old[:-1], torch.cat([old, old[:1]])]
+    ways = [old[None], old[..., None]]
+    ways += [old[:-1], torch.cat([old, old[:1]])] if old.ndim else []
     ways += [old.flatten()] if old.ndim > 1 else []
-    ways += [old.transpose(0, -1)] if old.shape[0] != old.shape[-1] else []
+    ways += [old.transpose(0, -1)] if old.ndim and old.shape[0] != old.shape[-1] else []
     tensors[name] = rng.choice(ways).clone()
     return f"{name} {list(old.shape)} to {list(tensors[name].shape)}"
 
@@ -130,14 +131,15 @@ def reshape_a_tensor(tensors, target, rng):
 @_of_tensors
 def change_a_dtype(tensors, target, rng):
     name = rng.choice(list(tensors))
-    other = rng.choice([torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.int8, torch.float64])
+    dtypes = (torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.int8, torch.float64)
+    other = rng.choice([dtype for dtype in dtypes if dtype != tensors[name].dtype])
     tensors[name] = tensors[name].to(other)
     return f"{name} to {other}"
 
 
 @_of_tensors
 def spoil_a_number(tensors, target, rng):
-    name = rng.choice(list(tensors))
+    name = rng.choice([name for name in tensors if tensors[name].is_floating_point()])
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[rng.randrange(tensors[name].numel())] = rng.choice(
         [float("nan"), float("inf"), -float("inf")]

@@ -1,4 +1,4 @@
-"""safari's LongConv and SGConv's GConv written out: random weights by name, logits by direct sums in float64."""
+"""safari's LongConv and SGConv's GConv written out: random weights under their names, logits by direct float64 sums."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-
-from laws import Arrays, Publication
+from published_laws import Arrays, Publication
 
 D, INNER, LAYERS, VOCAB = 8, 20, 2, 32
 
@@ -41,8 +40,8 @@ def weights(layer: dict[str, Any], head: bool, length: int) -> Arrays:
     def put(name: str, *shape: int, scale: float = 1.0, shift: float = 0.0) -> None:
         w[name] = shift + scale * rng.standard_normal(shape)
 
-    def linear(name: str, out: int, inside: int) -> None:
-        put(f"{name}.weight", out, inside, scale=1.5 * inside**-0.5)
+    def linear(name: str, out: int, inside: int, gain: float = 4.0) -> None:
+        put(f"{name}.weight", out, inside, scale=gain * inside**-0.5)
         put(f"{name}.bias", out, scale=0.2)
 
     def norm(name: str) -> None:
@@ -67,7 +66,7 @@ def weights(layer: dict[str, Any], head: bool, length: int) -> Arrays:
         for n in range(scales(layer, length)):
             put(f"{mixer}kernel_list.{n}", c, D, layer["kernel_dim"])
         w[f"{mixer}multiplier"] = np.linspace(layer["decay_min"], layer["decay_max"], D).reshape(1, D, 1)
-        put(f"{mixer}kernel_norm", c, D, 1, scale=0.5, shift=6.0)
+        put(f"{mixer}kernel_norm", c, D, 1, scale=0.3, shift=3.0)
         w[f"{mixer}kernel_norm_initialized"] = np.array(True)
     norm("backbone.ln_f")
     return w
@@ -93,7 +92,7 @@ def _mixer(layer: dict[str, Any], w: Arrays, mixer: str, u: np.ndarray) -> np.nd
     )
     y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
     y = _linear(y, w, f"{mixer}output_linear" + (".0" if layer.get("postact") else ""))
-    return y[:, :D] / (1 + np.exp(-y[:, D:])) if layer.get("postact") == "glu" else y
+    return y[:, :D] * 0.5 * (1 + np.tanh(y[:, D:] / 2)) if layer.get("postact") == "glu" else y
 
 
 def _kernel(layer: dict[str, Any], w: Arrays, mixer: str) -> np.ndarray:
@@ -153,5 +152,5 @@ CASES = (
     case("sgconv-sum-2-heads-glu", "sgconv",
          GCONV | {"mode": "sum_randn", "channels": 2, "postact": "glu", "decay_max": 3, "decay_min": 1.5}),
     case("sgconv-nearest-short", "sgconv",
-         GCONV | {"mode": "cat_cos_nearest", "init_scale": 1, "n_scales": 3, "postact": "id"}, head=False),
+         GCONV | {"mode": "cat_cos_nearest", "init_scale": 1, "n_scales": 3, "postact": "id", "channels": 3}, False),
 )  # fmt: skip

@@ -8,10 +8,14 @@ import pytest
 import torch
 from corruptions import Target, survives
 from hyena_reference import CASES
+from long_conv_reference import CASES as LONG_CONV
+from published_laws import publish as publish_case
 from striped_reference import CASES as STRIPED_CASES
+from stu_reference import CASES as STU
 from test_gated import LAYOUTS as GATED
 from test_hyena import publish
 from test_striped_hyena import publish as publish_striped
+from tnn_reference import CASES as TNN
 
 import flash_inference as fi
 from flash_inference.models.published import LAYOUTS
@@ -20,6 +24,9 @@ LENGTH = 12
 BY_LAYOUT = {case.layout: partial(publish, case=case, length=LENGTH) for case in reversed(CASES)}
 BY_LAYOUT |= {
     case.layout: partial(publish_striped, case=case) for case in STRIPED_CASES if case.id in ("sh-7b", "evo2")
+}
+BY_LAYOUT |= {
+    case.layout: partial(publish_case, case=case, length=LENGTH) for case in reversed((*LONG_CONV, *STU, *TNN))
 }
 SIZES = ("d_model", "n_layer", "d_inner")
 IN_LAYER = ("emb_dim", "filter_order", "l_max")
@@ -54,6 +61,29 @@ TARGETS = {
     "stripedhyena": Target("pytorch-model.bin", keys(STRIPED), keys(STRIPED_NEEDED + FIRST), ("inv_freq",)),
     "stripedhyena2": Target(
         "evo2_7b.pt", keys(STRIPED + SECOND_SIZES), keys(STRIPED_NEEDED + SECOND + SECOND_SIZES), ("inv_freq",)
+    ),
+    "safari-long-conv": Target(
+        "pytorch_model.bin",
+        (*((name,) for name in SIZES), ("layer", "l_max")),
+        (("d_model",), ("n_layer",), ("vocab_size",), ("layer",), ("layer", "l_max"), ("layer", "_name_")),
+        ("lm_head.weight",),
+    ),
+    "sgconv": Target(
+        "pytorch_model.bin",
+        (*((name,) for name in SIZES), ("layer", "kernel_dim")),
+        (("d_model",), ("n_layer",), ("vocab_size",), ("layer",), ("layer", "l_max"), ("layer", "_name_")),
+        ("lm_head.weight",),
+    ),
+    "flash-stu": Target(
+        "model.safetensors",
+        (("n_embd",), ("n_layers",), ("seq_len",), ("num_eigh",), ("mlp_scale",)),
+        (("n_embd",), ("n_layers",), ("seq_len",), ("num_eigh",), ("vocab_size",)),
+    ),
+    "tnn": Target(
+        "checkpoint.pt",
+        (("decoder_embed_dim",), ("decoder_layers",), ("rpe_embedding",), ("rpe_layers",), ("glu_dim",)),
+        (("decoder_embed_dim",), ("decoder_layers",), ("vocab_size",), ("max_target_positions",), ("use_decay",)),
+        ("output_projection.weight", "decoder.layer_norm.weight"),
     ),
 }
 

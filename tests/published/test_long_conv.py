@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from long_conv_reference import CASES
+from published_laws import LAWS, publish, write
 
 import flash_inference as fi
 from flash_inference.errors import CheckpointError
-from laws import LAWS, publish, write
 
 LONG, SGCONV = CASES[0], CASES[3]
 

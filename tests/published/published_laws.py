@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import flash_inference as fi
+from flash_inference.engine.plan import plan
 from flash_inference.engine.verify import verify
 from flash_inference.models.published import to_published
 from flash_inference.tiling import Blocked
@@ -45,7 +46,7 @@ def publish(
     folder: Path, case: Publication, dtype: torch.dtype = torch.float64, length: int = LENGTH, **config: Any
 ) -> dict[str, Tensor]:
     """Writes the folder, and gives its tensors; `config` overrides keys."""
-    weights = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in case.weights(length).items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in case.weights(length).items()}
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(case.config(length) | config))
@@ -143,7 +144,8 @@ def chunks_change_nothing(tmp_path: Path, case: Publication) -> None:
     logp = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1)[:, None]
     expected, states = logp[np.arange(LENGTH - 1), ids[1:]], fi.embed(model, tokens)
     close(model.head(states)[0], logits)
-    for chunk in (1, *torch.randint(2, LENGTH, (4,)).tolist(), 4096):
+    close(fi.score(model, tokens[:, :40], chunk=1)[0], expected[:39])
+    for chunk in (*torch.randint(7, LENGTH, (4,)).tolist(), 4096):
         close(fi.score(model, tokens, chunk=chunk)[0], expected)
         close(fi.embed(model, tokens, chunk=chunk)[0], states[0].numpy())
 
@@ -162,7 +164,7 @@ def rows_begin_at_their_own_clocks(tmp_path: Path, case: Publication) -> None:
 def the_plan_tells_how_layers_decode(tmp_path: Path, case: Publication) -> None:
     publish(tmp_path, case)
     model = fi.load(tmp_path)
-    made = fi.plan(model, prompt=40, max_new_tokens=200, batch=2)
+    made = plan(model, prompt=40, max_new_tokens=200, batch=2)
     assert tuple(layer.decodes for layer in made.layers) == case.decodes
     assert made.state >= model.decoder(240).init(2, Blocked(240)).nbytes
 
