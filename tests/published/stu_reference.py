@@ -85,7 +85,10 @@ def logits(settings: dict[str, Any], w: Arrays, ids: list[int]) -> np.ndarray:
                 x = x + _unit(c, w, f"{layer}stu.", h)
         h = _norm(x, w[f"{layer}mlp_norm.weight"])
         gate, up = (h @ w[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        if c.get("mlp_activation") == "silu":
+            gate = 0.5 * gate * (1 + np.tanh(gate / 2))
+        else:
+            gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
         x = x + (gate * up) @ w[f"{layer}mlp.down_proj.weight"].T
     return _norm(x, w["norm.weight"]) @ w["tok_emb.weight"].T
 
@@ -145,7 +148,7 @@ def case(id: str, **settings: Any) -> Publication:
 
 CASES = (
     case("stu"),
-    case("stu-units-alone", use_attn=False, n_layers=3, num_eigh=7),
+    case("stu-units-alone", use_attn=False, mlp_activation="silu", n_layers=3, num_eigh=7),
     case("stu-hankel-l", use_hankel_L=True, n_layers=2, n_heads=4, window_size=400, softcap=3.0),
     case("stu-exact", use_approx=False, n_layers=3, num_eigh=3),
     case("stu-exact-hankel-l", use_approx=False, use_hankel_L=True, n_layers=2, num_eigh=3, n_heads=1),

@@ -44,7 +44,7 @@ def test_the_basis_may_keep_float32_among_16_bits(tmp_path):
 UNSUPPORTED = [
     {"bias": True}, {"dilation": 2}, {"num_eigh": 21}, {"num_eigh": 0}, {"hidden_size": 9}, {"window_size": [9, 0]},
     {"intermediate_size": 9}, {"use_approx": 1}, {"use_attn": "yes"}, {"softcap": -1}, {"n_heads": 0},
-    {"n_layers": 10**9}, {"mlp_scale": 2.5},
+    {"n_layers": 10**9}, {"mlp_scale": 2.5}, {"mlp_activation": "relu"},
 ]  # fmt: skip
 
 

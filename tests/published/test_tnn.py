@@ -19,7 +19,8 @@ def test_published(tmp_path, case, law):
 
 UNSUPPORTED = [
     {"par_type": 2}, {"par_type": 3}, {"normalize": True}, {"causal": False}, {"decoder_normalize_before": False},
-    {"use_norm": True}, {"resi_param": True}, {"bias": False}, {"norm_type": "rmsnorm"}, {"act_fun": "leak"},
+    {"use_norm": True}, {"resi_param": True}, {"bias": False}, {"norm_type": "rmsnorm"}, {"norm_type": None},
+    {"expand_ratio": 0}, {"act_fun": "leak"},
     {"rpe_act": "1+elu"}, {"glu_dim": 0}, {"use_multi_decay": True}, {"no_token_positional_embeddings": False},
     {"adaptive_input": True}, {"decoder_input_dim": 4}, {"fina_act": "silu"}, {"gamma": -0.5}, {"rpe_layers": -1},
 ]  # fmt: skip

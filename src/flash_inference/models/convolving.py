@@ -43,4 +43,4 @@ class Convolving(Block):
     @property
     def activations(self) -> int:
         """Those of the linear layers, and the inputs and outputs of the convolutions."""
-        return Block.activations.fget(self) + 2 * sum(group.filter.channels for group in self.convolutions)  # type: ignore[misc]
+        return super().activations + 2 * sum(group.filter.channels for group in self.convolutions)

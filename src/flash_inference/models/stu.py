@@ -14,7 +14,7 @@ from flash_inference.mixers.attention import Attention, AttentionConfig
 from flash_inference.models.block import Block, BlockPast, Convolutions
 from flash_inference.models.config import ModelConfig
 from flash_inference.models.convolving import Convolving, Mix
-from flash_inference.models.mlp import GatedMLP
+from flash_inference.models.mlp import ACTIVATIONS, GatedMLP
 from flash_inference.models.residual import MixerBlock, PreNorm
 
 KINDS = ("stu", "attention")
@@ -40,6 +40,7 @@ class STUConfig(ModelConfig):
     form: str = "tensordot"
     expanded: int = 0
     inner: int = 0
+    activation: str = "gelu-tanh"
     heads: int = 8
     window: int = 1025
     softcap: float = 50.0
@@ -55,6 +56,7 @@ class STUConfig(ModelConfig):
             "form": self.form in FORMS,
             "expanded": self.expanded >= 0,
             "inner": self.inner >= 0,
+            "activation": self.activation in ACTIVATIONS,
             "softcap": self.softcap >= 0,
         }
         return ModelConfig.ranges(self) | own
@@ -65,7 +67,7 @@ class STUConfig(ModelConfig):
         blocks: list[Block] = []
         for layer in range(self.layers):
             mixer = MixerBlock(Attention(self.attention())) if self.kind(layer) == "attention" else self.unit(phi)
-            mlp = GatedMLP(self.width, self.inner or 12 * self.width, activation="gelu-tanh")
+            mlp = GatedMLP(self.width, self.inner or 12 * self.width, activation=self.activation)
             blocks.append(PreNorm(self.final_norm(), mixer, self.final_norm(), mlp, self.dropout))
         return blocks
 

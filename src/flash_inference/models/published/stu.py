@@ -84,6 +84,7 @@ def _stu(settings: Settings, tensors: Mapping[str, Tensor]) -> STUConfig:
         form="tensordot" if settings.flag("use_approx", True) else "exact",
         expanded=expanded,
         inner=inner,
+        activation=_activation(settings),
         heads=settings.integer("n_heads", 8),
         # The published kernel counts the positions before a query's own.
         window=settings.integer("window_size", 1024) + 1,
@@ -91,6 +92,13 @@ def _stu(settings: Settings, tensors: Mapping[str, Tensor]) -> STUConfig:
         norm_eps=settings.number("rms_norm_eps", EPS, eps),
         tokens=TOKENIZER,
     )
+
+
+def _activation(settings: Settings) -> str:
+    """The MLP's activation, which the config cannot tell: `hidden_act` is for Liger's MLP, in the older code alone."""
+    told = "mlp_activation is stored nowhere; gelu was used, as in flash-stu-2 (silu where Liger's MLP was trained)"
+    settings.notes += [told] if "mlp_activation" not in settings else []
+    return settings.word("mlp_activation", {"gelu": "gelu-tanh", "silu": "silu"}, "gelu")
 
 
 def _is_stu(config: Mapping[str, Any], names: Collection[str]) -> bool:

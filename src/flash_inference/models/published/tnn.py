@@ -66,9 +66,8 @@ def _tnn(settings: Settings, tensors: Mapping[str, Tensor]) -> TNNConfig:
     settings.only("this library generates from causal convolutions", causal=True)
     settings.only(LENGTH, par_type=1)
     settings.only("it divides by a convolution of ones, which may vanish", normalize=False)
-    norm = settings.word("norm_type", {name: name for name in NORMS}, "simplermsnorm")
+    norm = settings.word("norm_type", {name: name for name in NORMS}, None)
     heads = settings.integer("decoder_attention_heads", 1)
-    expanded = int(settings.number("expand_ratio", 3.0, "") * width) // heads * heads
     scaled = not settings.flag("no_scale_embedding", False)
     tied = settings.flag("share_decoder_input_output_embed", True)
     if tied and HEAD not in tensors:
@@ -79,7 +78,7 @@ def _tnn(settings: Settings, tensors: Mapping[str, Tensor]) -> TNNConfig:
         layers=settings.integer("decoder_layers"),
         length=settings.integer("max_target_positions"),
         heads=heads,
-        expanded=expanded,
+        expanded=_expanded(settings, width, heads),
         inner=_inner(settings, width),
         activation=settings.word("act_fun", {name: name for name in ACTIVATIONS}, "silu"),
         mlp_activation=settings.word("glu_act", {name: name for name in ACTIVATIONS}, "silu"),
@@ -93,6 +92,15 @@ def _tnn(settings: Settings, tensors: Mapping[str, Tensor]) -> TNNConfig:
     )
     settings.notes.append("filters are defined at every lag; the model runs as many positions as max_target_positions")
     return config
+
+
+def _expanded(settings: Settings, width: int, heads: int) -> int:
+    """The width of the convolutions, rounded down to whole heads."""
+    ratio = settings.number("expand_ratio", 3.0, "expand_ratio is not given; the published default 3 was used")
+    expanded = int(ratio * width) // heads * heads
+    if expanded == 0:
+        raise settings.error("expand_ratio", ratio, f"so much that {heads} heads have a channel each")
+    return expanded
 
 
 def _inner(settings: Settings, width: int) -> int:
