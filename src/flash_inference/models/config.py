@@ -22,10 +22,12 @@ class ModelConfig(ABC):
 
     `length` is the longest sequence that the model can run: the filters' length. `tokens` names the table between text
     and ids. With `tied` the head's weights are the embedding's. `family` is the name under which folders store it.
+    `length_key` is a published config's key for a length that no weight depends on, empty where filters end there.
     Raises ModelError for a value out of its range.
     """
 
     family: ClassVar[str]
+    length_key: ClassVar[str] = ""
 
     vocab_size: int
     width: int
@@ -74,6 +76,11 @@ class ModelConfig(ABC):
     @property
     def limit(self) -> str:
         """What bounds the length, and the remedy, for messages."""
+        if self.length_key:
+            return (
+                f"the config sets {self.length} as the longest sequence. Shorten the input, or raise `length` there "
+                f"(`{self.length_key}` in a published one): no weight depends on it."
+            )
         return (
             f"the filter has {self.length} taps, the longest sequence this model can run. Shorten the input, or train "
             "with a longer filter."

@@ -32,6 +32,7 @@ class H3Config(ModelConfig):
     """
 
     family: ClassVar[str] = "h3"
+    length_key: ClassVar[str] = "l_max"
 
     inner: int = 0
     shift: int = 64

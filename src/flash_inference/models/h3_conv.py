@@ -20,6 +20,7 @@ class H3ConvConfig(H3Config):
     """H3 with filters of `length` taps, which is the longest sequence the model can run. Heads are of width 1."""
 
     family: ClassVar[str] = "h3-conv"
+    length_key: ClassVar[str] = ""
 
     filter: FilterConfig = field(default_factory=lambda: FilterConfig("squashed"))
 

@@ -30,6 +30,7 @@ class S4DConfig(ModelConfig):
     """
 
     family: ClassVar[str] = "s4d"
+    length_key: ClassVar[str] = "l_max"
 
     inner: int = 0
     filter: FilterConfig = field(default_factory=lambda: FilterConfig("s4d"))

@@ -32,6 +32,7 @@ class StripedHyenaConfig(ModelConfig):
     """
 
     family: ClassVar[str] = "striped-hyena"
+    length_key: ClassVar[str] = "max_seqlen"
 
     pattern: tuple[str, ...]
     activations: tuple[str, ...]
@@ -74,14 +75,6 @@ class StripedHyenaConfig(ModelConfig):
         own = {name: getattr(self, name) >= 1 for name in sizes}
         own |= {"norm_eps": self.norm_eps >= 0, "norm_eps_place": self.norm_eps_place in EPS_PLACES}
         return ModelConfig.ranges(self) | own
-
-    @property
-    def limit(self) -> str:
-        """What bounds the length, and the remedy, for messages."""
-        return (
-            f"the config sets {self.length} as the longest sequence. Shorten the input, or raise `length` there "
-            "(`max_seqlen` in a published one): no weight depends on it."
-        )
 
     def attention(self) -> AttentionConfig:
         """The settings of an attention layer."""

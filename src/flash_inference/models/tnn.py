@@ -30,6 +30,7 @@ class TNNConfig(ModelConfig):
     """
 
     family: ClassVar[str] = "tnn"
+    length_key: ClassVar[str] = "max_target_positions"
 
     heads: int = 1
     expanded: int = 0
