@@ -93,8 +93,10 @@ class Layout:
 
     `recognise(config, names)` says whether a folder is one. `configure(settings, tensors)` takes all keys of the config
     and gives ours. `renames(config, names)` is the rename table for our config, in the spelling of the names that a
-    folder uses. Names that match `ignored` hold nothing the model needs. `constants(config, names)` are tensors that
-    all checkpoints of the layout have with one value: our model does not need them, but another value is another model.
+    folder uses. `rows(config, settings)` says, by the ends of our names, how a folder's rows lie. Names that match
+    `ignored` hold nothing the model needs. Of the tensors that our model does not have, those of `derived(config,
+    names)` may be there, and are then what the config makes them, to rounding; those of `constants(config, names)` must
+    be there with one value, exactly. Another value is another model.
     """
 
     name: str
@@ -104,8 +106,8 @@ class Layout:
     renames: Callable[[Any, Collection[str]], list[Rename]]
     rows: Callable[[Any, Mapping[str, Any]], Mapping[str, View]] = lambda config, settings: {}
     derived: Callable[[Any, Collection[str]], Mapping[str, Tensor]] = lambda config, names: {}
+    constants: Callable[[Any, Collection[str]], Mapping[str, Tensor]] = lambda config, names: {}
     ignored: re.Pattern[str] = re.compile(r".*\._extra_state")
-    constants: Callable[[Any, Collection[str]], dict[str, Tensor]] = lambda config, names: {}
 
     def table(self, config: Any, names: Collection[str], settings: Mapping[str, Any]) -> list[Rename]:
         """The rename table, layer by layer, for a folder with such names and such a config."""
@@ -170,7 +172,7 @@ def write(
         for name in (*rename.published, *rename.optional):
             tensors[name] = rename.view.write(state[rename.ours].detach()).contiguous().clone()
     derived = {name: tensor.float() for name, tensor in layout.derived(model.config, names).items()}
-    return tensors | derived | layout.constants(model.config, names)
+    return tensors | derived | dict(layout.constants(model.config, names))
 
 
 def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
