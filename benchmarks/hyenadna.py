@@ -68,7 +68,7 @@ def grow(folder: Path, tokens: int) -> None:
     planned = plan(model, prompt=1, max_new_tokens=tokens)
     Path("/proc/self/clear_refs").write_text("5")
     before = kib("VmRSS")
-    for _ in fi.stream(model, [[7]], max_new_tokens=tokens):
+    for _ in fi.stream(model, [[7]], max_new_tokens=tokens, stop_tokens=()):
         pass
     grown = 1024 * (kib("VmHWM") - before)
     print(json.dumps({"peak_bytes": grown, "planned_bytes": planned.total, "peak_over_plan": grown / planned.total}))

@@ -14,7 +14,7 @@ from torch import Tensor
 import flash_inference as fi
 from flash_inference.engine.drafters import Lookup, ModelDraft, PromptLookup, Proposal
 from flash_inference.engine.sampling import Sampler, Sampling, accepted_or_redrawn
-from flash_inference.engine.speculative import FIRST, MOST, SAVED, SHARE, TRIES, Pace, cost, speculate
+from flash_inference.engine.speculative import FUSED, MODULES, MOST, SAVED, SHARE, TRIES, Pace, Price, speculate
 from flash_inference.errors import LengthError, ModelError, SettingError
 from flash_inference.models.weights import shipped
 from flash_inference.testing import random_model
@@ -238,28 +238,30 @@ def test_lookup_copies_what_followed_last_and_goes_round() -> None:
     assert Lookup(3).propose(3).tokens == []
 
 
-def test_drafts_that_fail_take_their_share_and_no_more() -> None:
-    pace, spent, steps = Pace(), 0.0, 10_000
+@pytest.mark.parametrize("price", [MODULES, FUSED], ids=["modules", "fused"])
+def test_drafts_that_fail_take_their_share_and_no_more(price: Price) -> None:
+    pace, spent, steps = Pace(price), 0.0, 10_000
     for _ in range(steps):
         most = pace.most(100)
         if most:
-            spent += cost(most) - 1
+            spent += price.cost(most) - 1
             pace.drafted(most, 0)
         else:
             pace.stepped()
-    assert 0.5 * SHARE * steps < spent <= SHARE * steps + TRIES * cost(FIRST)
-    assert pace.savings < cost(FIRST)
+    assert 0.5 * SHARE * steps < spent <= SHARE * steps + TRIES * price.cost(price.first)
+    assert pace.savings < price.cost(price.first)
 
 
-def test_drafts_grow_while_they_come_true_and_are_left_out_where_they_cannot_gain() -> None:
-    pace, lengths = Pace(), []
+@pytest.mark.parametrize("price", [MODULES, FUSED], ids=["modules", "fused"])
+def test_drafts_grow_while_they_come_true_and_are_left_out_where_they_cannot_gain(price: Price) -> None:
+    pace, lengths = Pace(price), []
     for _ in range(4):
         lengths.append(pace.most(100))
         pace.drafted(lengths[-1], lengths[-1])
-    assert lengths == [FIRST, 2 * FIRST, MOST, MOST]
-    assert [pace.most(room) > 0 for room in (-1, 0, 3, MOST)] == [False, False, False, True]
+    assert lengths == [price.first, min(2 * price.first, MOST), MOST, MOST]
+    assert [pace.most(room) > 0 for room in (-1, 0, 1, MOST)] == [False, False, False, True]
     pace.drafted(MOST, 2)
-    assert pace.most(100) == FIRST
+    assert pace.most(100) == price.first
     assert pace.savings <= SAVED
 
 

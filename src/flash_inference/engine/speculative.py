@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,10 +15,31 @@ from flash_inference.engine.payer import Payer
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.tiling import Tiling
 
-FIRST, MOST = 8, 31
-COST, EACH = 6.0, 0.15
-SHARE, SAVED = 0.01, 24.0
-TRIES = 2
+MOST = 31
+SHARE, SAVED = 0.01, 48.0
+TRIES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a draft costs, in plain steps: `base`, and `each` for every token proposed.
+
+    `first` tokens are proposed to begin with.
+    """
+
+    first: int
+    base: float
+    each: float
+
+    def cost(self, proposed: int) -> float:
+        """What a draft of so many tokens costs, in plain steps."""
+        return self.base + self.each * proposed
+
+
+MODULES = Price(8, 2.0, 0.1)
+"""Steps run module by module, as drafts do."""
+FUSED = Price(24, 14.0, 0.3)
+"""Steps run fused over numpy, and are many times cheaper than a pass through the modules. Measured on one core."""
 
 
 class Check(Protocol):
@@ -29,20 +51,21 @@ class Check(Protocol):
 class Pace:
     """How many tokens to propose: twice as many after all were accepted, few after some were not.
 
-    Drafts are paid from savings, in plain steps: one of k tokens costs `COST + EACH k` (measured on one core, where a
-    pass over 8 positions takes the time of 6 to 7 steps) and saves one step for every token it yields. Each plain step
-    puts `SHARE` aside, so where nothing is ever accepted drafts take this share of the time; savings end at `SAVED`, so
-    that a good stretch is not spent on a bad one. Depends on what was accepted alone, not on any clock: a seed repeats
-    a run. What the drafter takes for itself is not counted.
+    Drafts are paid from savings, in plain steps: one of k tokens costs `price.cost(k)` and saves one step for every
+    token it yields. Each plain step puts `SHARE` aside, so where nothing is ever accepted drafts take this share of the
+    time; savings end at `SAVED`, so that a good stretch is not spent on a bad one. Depends on what was accepted alone,
+    not on any clock: a seed repeats a run. What the drafter takes for itself is not counted.
     """
 
-    def __init__(self) -> None:
-        self.savings, self.length = TRIES * cost(FIRST), FIRST
+    def __init__(self, price: Price = MODULES) -> None:
+        self.price, self.length = price, price.first
+        self.savings = TRIES * price.cost(price.first)
 
     def most(self, room: int) -> int:
         """The tokens to propose now, at most `room`; 0 while a draft could not gain, or if it fails not be paid."""
         tokens = min(self.length, room)
-        return tokens if tokens + 1 > cost(tokens) and self.savings >= cost(tokens) - 1 else 0
+        cost = self.price.cost(tokens)
+        return tokens if tokens + 1 > cost and self.savings >= cost - 1 else 0
 
     def stepped(self) -> None:
         """Takes notice of a plain step."""
@@ -50,13 +73,8 @@ class Pace:
 
     def drafted(self, proposed: int, accepted: int) -> None:
         """Takes notice of a draft."""
-        self.savings = min(self.savings + accepted + 1 - cost(proposed), SAVED)
-        self.length = min(2 * self.length, MOST) if accepted == proposed else FIRST
-
-
-def cost(proposed: int) -> float:
-    """What a draft of so many tokens costs, in plain steps."""
-    return COST + EACH * proposed
+        self.savings = min(self.savings + accepted + 1 - self.price.cost(proposed), SAVED)
+        self.length = min(2 * self.length, MOST) if accepted == proposed else self.price.first
 
 
 def speculate(
@@ -79,7 +97,7 @@ def speculate(
     length, device = prompt.shape[1], decoder.model.embedding.weight.device
     state = decoder.init(1, tiling or default_tiling(max(max_new_tokens - 1, 1), length))
     logits = prefill(decoder, state, prompt.to(device)).cpu()
-    pace = pace or Pace()
+    pace = pace or Pace(FUSED if decoder.fused else MODULES)
     with Payer(decoder, state, cores() > 1 if beside is None else beside) as pay:
         token = choose(logits)
         proposer.see([int(token)])
