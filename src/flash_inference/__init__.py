@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flash_inference.engine.adapt import LongPart, ShortPart, adapt
+from flash_inference.engine.batch import Engine
 from flash_inference.engine.drafters import ModelDraft, PromptLookup
 from flash_inference.engine.embed import embed
 from flash_inference.engine.generate import Generation, generate, stream
@@ -15,6 +16,7 @@ from flash_inference.models.weights import load, save
 
 __version__ = "0.1.0"
 __all__ = [
+    "Engine",
     "ExplicitFilter",
     "FilterConfig",
     "Generation",
