@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from test_striped_hyena import publish as publish_striped
 from tnn_reference import CASES as TNN
 
 import flash_inference as fi
+from flash_inference.errors import CheckpointError
 from flash_inference.models.published import LAYOUTS
 
 LENGTH = 12
@@ -105,3 +107,12 @@ def test_sixty_damages_are_sixty_errors(tmp_path, layout):
 def test_five_hundred_damages(tmp_path, layout):
     BY_LAYOUT[layout](tmp_path / "good", dtype=torch.float32)
     assert survives(tmp_path / "good", tmp_path / "bad", TARGETS[layout], range(60, 560)) == []
+
+
+@pytest.mark.parametrize(("layout", "key"), [("hyenadna-hf", "num_inner_mlps"), ("tnn", "rpe_layers")])
+def test_a_depth_beyond_all_tensors_is_refused_before_anything_is_built(tmp_path, layout, key):
+    BY_LAYOUT[layout](tmp_path, dtype=torch.float32)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 10**9}))
+    with pytest.raises(CheckpointError, match="asks for 1000000000 layers of the filter"):
+        fi.load(tmp_path)

@@ -177,11 +177,12 @@ def write(
 
 def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
     """The model that a config describes, on the meta device: shapes without numbers."""
-    if config.layers > len(weights.tensors):
-        raise CheckpointError(
-            f"the config of {weights.path.parent} asks for {config.layers} layers; {weights.path.name} has "
-            f"{len(weights.tensors)} tensors in all. Fetch config and weights again, of one revision."
-        )
+    for what, count in _parts(config).items():
+        if count > len(weights.tensors):
+            raise CheckpointError(
+                f"the config of {weights.path.parent} asks for {count} {what}; {weights.path.name} has "
+                f"{len(weights.tensors)} tensors in all. Fetch config and weights again, of one revision."
+            )
     try:
         with torch.device("meta"):
             return LanguageModel(config)
@@ -189,6 +190,13 @@ def _skeleton(layout: Layout, config: Any, weights: Weights) -> LanguageModel:
         raise CheckpointError(
             f"the config of {weights.path.parent} makes no {layout.name} model: {error}. Check its sizes."
         ) from None
+
+
+def _parts(config: Any) -> dict[str, int]:
+    """How often a config repeats parts that have tensors of their own: a wrong number would build for ever."""
+    filter = getattr(config, "filter", None)
+    depth = 0 if filter is None else filter.options.get("layers", 0) if filter.options else filter.inner
+    return {"layers": config.layers, "layers of the filter": depth}
 
 
 def _faults(
