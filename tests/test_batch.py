@@ -584,4 +584,7 @@ def test_an_engine_runs_for_ever_in_fixed_memory() -> None:
                     check(model, request, prompt)
             watched = [pair for pair in watched if not pair[0].ended]
             memory.append(tensor_bytes() - sum(logits_of(request).nbytes for request, _ in watched if request.tokens))
-    assert max(memory) <= memory[0] * 1.01
+    half = len(memory) // 2
+    early, later = memory[:half], memory[half:]
+    # What waits and runs differs from sample to sample; what is left behind would add up over 50,000 ticks.
+    assert max(later) - max(early) <= max(early) - min(early)
