@@ -15,7 +15,7 @@ import flash_inference
 AGREEMENT = 0.10
 
 MEASURE = """
-import json, sys
+import ctypes, json, sys
 import torch
 from pathlib import Path
 from flash_inference import HyenaConfig, LanguageModel, stream
@@ -34,6 +34,8 @@ for _, _token in zip(range(1100), stream(small, [[1] * 900], max_new_tokens=1100
 model = LanguageModel(config).eval().requires_grad_(False)
 planned = plan(model, prompt=prompt, max_new_tokens=length - prompt)
 tokens = torch.randint(256, (1, prompt))
+# What malloc keeps from earlier calls would be taken again, and not be seen.
+ctypes.CDLL(None).malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")
 before = kib("VmRSS")
 for _, _token in zip(range(steps), stream(model, tokens, max_new_tokens=length - prompt)):
@@ -62,12 +64,15 @@ def measured(width: int, layers: int, length: int, prompt: int, steps: int) -> d
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "layers", "length", "prompt", "steps"),
-    [(64, 2, 65_536, 60_000, 5_536), (64, 2, 65_536, 1, 65_535), (256, 4, 65_536, 1, 65_535)],
+    ("width", "layers", "length", "prompt", "steps", "runs"),
+    [(64, 2, 65_536, 60_000, 5_536, 6), (64, 2, 65_536, 1, 65_535, 1), (256, 4, 65_536, 1, 65_535, 1)],
     ids=["D64-2-layers-after-a-long-prompt", "D64-2-layers", "D256-4-layers"],
 )
-def test_a_run_takes_what_its_plan_says(width: int, layers: int, length: int, prompt: int, steps: int) -> None:
-    got = measured(width, layers, length, prompt, steps)
+def test_a_run_takes_what_its_plan_says(
+    width: int, layers: int, length: int, prompt: int, steps: int, runs: int
+) -> None:
+    """The plan is of the most that a run takes: the peak of a prompt's chunks is not the same in every process."""
+    got = max((measured(width, layers, length, prompt, steps) for _ in range(runs)), key=lambda run: run["grown"])
     print(got, got["grown"] / got["total"])
     channels = width * layers
     assert got["history"] == got["rows"] * channels * 4
