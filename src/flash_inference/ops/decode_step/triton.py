@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import triton
@@ -258,7 +259,57 @@ class Shapes:
         return cls() if width >= 512 else cls(out=(2, 1), fc1=(8, 4), fc2=(2, 1), head=(16, 4))
 
 
-class GpuStep:
+class Step:
+    """What every fused step on a GPU does: forks, and a position as forward, draw and embed."""
+
+    pdl: bool
+    logits: Tensor
+    token: Tensor
+
+    def fork(self) -> Self:
+        """The same weights with scratch of its own, for other sequences."""
+        other = copy.copy(self)
+        other._scratch()
+        return other
+
+    def _scratch(self) -> None:
+        raise NotImplementedError
+
+    def forward(
+        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
+        after_mixing: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D].
+
+        `after_mixing` is called behind the last layer's mixer row, when all inputs of the position are known.
+        """
+        raise NotImplementedError
+
+    def embed(
+        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
+        greedy: bool, pdl: bool,
+    ) -> None:  # fmt: skip
+        """Chooses every row's token, or takes those drawn, and embeds them."""
+        raise NotImplementedError
+
+    def launch(
+        self, history: Tensor, pending: Tensor, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor,
+        offset: int, *, last: bool, after_mixing: Callable[[], None] | None = None,
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """One position: x -> logits -> tokens -> x.
+
+        `draw` makes the tokens from the logits instead of the largest; below 0 one tells that they are not finite.
+        """
+        self.forward(history, pending, clock, offset, after_mixing)
+        if draw is not None:
+            self.token.copy_(draw(self.logits))
+        self.embed(
+            clock, tokens, host_tokens, stamps, offset, last=last, greedy=draw is None, pdl=self.pdl and draw is None
+        )
+
+
+class GpuStep(Step):
     """Launches one position of one sequence through all layers, head and choice, on the current stream.
 
     Short filters are [taps, W], and all but the matrices float32. Everything it reads and writes is allocated here or
@@ -289,12 +340,6 @@ class GpuStep:
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
         self._scratch()
 
-    def fork(self) -> GpuStep:
-        """The same weights with scratch of its own, for another sequence."""
-        other = copy.copy(self)
-        other._scratch()
-        return other
-
     def _scratch(self) -> None:
         diagonal, new = self.diagonal, self.diagonal.new_empty
         self.x, self.mixed, self.hidden, self.logits = (
@@ -309,22 +354,6 @@ class GpuStep:
     def start(self, rows: Tensor) -> None:
         """Puts an embedding [1, D] where the next position reads it."""
         self.x.copy_(rows[0])
-
-    def launch(
-        self, history: Tensor, pending: Tensor, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor,
-        offset: int, *, last: bool, after_mixing: Callable[[], None] | None = None,
-        draw: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        """One position: x -> logits -> token -> x.
-
-        `draw` makes the token [1] from the logits instead of the largest; below 0 it tells that they are not finite.
-        """
-        self.forward(history, pending, clock, offset, after_mixing)
-        if draw is not None:
-            self.token.copy_(draw(self.logits))
-        self.embed(
-            clock, tokens, host_tokens, stamps, offset, last=last, greedy=draw is None, pdl=self.pdl and draw is None
-        )
 
     def forward(
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,

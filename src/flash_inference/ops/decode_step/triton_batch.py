@@ -20,7 +20,6 @@ Activations are [B, channels] float32; `history` is time-major [rows, M D, B], `
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
+from flash_inference.ops.decode_step.triton import Step
 
 SHARE = 16
 """Channels whose moments the embedding writes together."""
@@ -392,7 +392,7 @@ def _folded(norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple
     return weight, (bias.double() + wide @ beta).float(), (wide @ gamma).float()
 
 
-class GpuBatchStep:
+class GpuBatchStep(Step):
     """Launches one position of `batch` sequences through all layers, head and choice, on the current stream.
 
     The interface of `GpuStep`, with x [B, D], logits [B, V], token [B], logs [rows, B] and a clock of [2 + B].
@@ -404,10 +404,8 @@ class GpuBatchStep:
         shapes: BatchShapes | None = None, pdl: bool = True,
     ) -> None:  # fmt: skip
         self.embedding, self.batch = embedding, batch
-        self.gamma, self.head = (
-            norm[0].float(),
-            _folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0]))),
-        )
+        self.gamma = norm[0].float()
+        self.head = _folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
         self.shapes, self.pdl = shapes or BatchShapes.fit(batch), pdl
@@ -422,12 +420,6 @@ class GpuBatchStep:
         ]  # fmt: skip
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
         self._scratch()
-
-    def fork(self) -> GpuBatchStep:
-        """The same weights with scratch of its own, for other sequences."""
-        other = copy.copy(self)
-        other._scratch()
-        return other
 
     def _scratch(self) -> None:
         B, new = self.batch, self.diagonal.new_empty
@@ -448,19 +440,6 @@ class GpuBatchStep:
         both = self.moments[: 2 * triton.cdiv(D, SHARE) * self.batch].view(2, -1, self.batch)
         for number, some in enumerate(rows.split(SHARE, dim=1)):
             both[0, number], both[1, number] = some.sum(1), (some - some.mean(1, keepdim=True)).square().sum(1)
-
-    def launch(
-        self, history: Tensor, pending: Tensor, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor,
-        offset: int, *, last: bool, after_mixing: Callable[[], None] | None = None,
-        draw: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        """One position of every row: x -> logits -> tokens -> x; `draw` makes tokens [B] from logits [B, V]."""
-        self.forward(history, pending, clock, offset, after_mixing)
-        if draw is not None:
-            self.token.copy_(draw(self.logits))
-        self.embed(
-            clock, tokens, host_tokens, stamps, offset, last=last, greedy=draw is None, pdl=self.pdl and draw is None
-        )
 
     def forward(
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
