@@ -108,33 +108,47 @@ def state_dicts_round_trip(tmp_path: Path, case: Publication) -> None:
     assert model.notes
 
 
-def our_format_keeps_every_number(tmp_path: Path, case: Publication) -> None:
-    publish(tmp_path / "theirs", case, torch.float32)
-    model = fi.load(tmp_path / "theirs")
-    fi.save(model, tmp_path / "ours")
-    again = fi.load(tmp_path / "ours")
+def keeps_every_number(theirs: Path, ours: Path) -> None:
+    """Our format gives back what a published folder holds."""
+    model = fi.load(theirs)
+    fi.save(model, ours)
+    again = fi.load(ours)
     assert again.config == model.config
     kept, numbers = again.state_dict(), model.state_dict()
     assert kept.keys() == numbers.keys()
     assert all(torch.equal(kept[name], numbers[name]) for name in numbers)
 
 
-def steps_equal_the_definition_after_prompts_of_every_length(tmp_path: Path, case: Publication) -> None:
-    weights, ids = publish(tmp_path, case), some_ids(case)
-    expected, tokens = exact(case, weights, ids), torch.tensor([ids])
-    decoder = fi.load(tmp_path).decoder()
+def steps_are(model: fi.LanguageModel, ids: list[int], expected: np.ndarray) -> None:
+    """Cached steps behind prompts of every length are the definition's logits [L, V] of these tokens."""
+    decoder, tokens = model.decoder(len(ids)), torch.tensor([ids])
     for prompt in (*range(1, 41), 257):
-        state = decoder.init(1, Blocked(LENGTH))
+        state = decoder.init(1, Blocked(len(ids)))
         got = [*decoder.extend(state, tokens[:, :prompt], every=True)[0]]
         got += [decoder.extend(state, tokens[:, prompt + n : prompt + n + 1])[0] for n in range(5)]
         close(torch.stack(got), expected[: prompt + 5])
 
 
-def greedy_tokens_equal_full_recompute(tmp_path: Path, case: Publication) -> None:
-    publish(tmp_path, case)
-    report = verify(fi.load(tmp_path), some_ids(case, 7), tokens=256)
+def greedy_is_recompute(model: fi.LanguageModel, prompt: list[int]) -> None:
+    """256 greedy tokens are those of a full forward, and not all the same."""
+    report = verify(model, prompt, tokens=256)
     assert report.equal
     assert report.distinct > 3
+
+
+def our_format_keeps_every_number(tmp_path: Path, case: Publication) -> None:
+    publish(tmp_path / "theirs", case, torch.float32)
+    keeps_every_number(tmp_path / "theirs", tmp_path / "ours")
+
+
+def steps_equal_the_definition_after_prompts_of_every_length(tmp_path: Path, case: Publication) -> None:
+    weights, ids = publish(tmp_path, case), some_ids(case)
+    steps_are(fi.load(tmp_path), ids, exact(case, weights, ids))
+
+
+def greedy_tokens_equal_full_recompute(tmp_path: Path, case: Publication) -> None:
+    publish(tmp_path, case)
+    greedy_is_recompute(fi.load(tmp_path), some_ids(case, 7))
 
 
 def chunks_change_nothing(tmp_path: Path, case: Publication) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from corruptions import Target, survives
 from gated_reference import CASES, VOCAB, Case, config_of, logits, random_weights
+from published_laws import greedy_is_recompute, keeps_every_number, steps_are
 
 import flash_inference as fi
 from flash_inference.engine.plan import plan
-from flash_inference.engine.verify import verify
 from flash_inference.errors import CheckpointError, FlashInferenceError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.hyena import FilterConfig
@@ -91,34 +91,19 @@ def test_state_dicts_round_trip(tmp_path, case):
 @cases
 def test_our_format_keeps_every_number(tmp_path, case):
     publish(tmp_path / "theirs", case, torch.float32)
-    model = fi.load(tmp_path / "theirs")
-    fi.save(model, tmp_path / "ours")
-    again = fi.load(tmp_path / "ours")
-    assert again.config == model.config
-    kept, numbers = again.state_dict(), model.state_dict()
-    assert kept.keys() == numbers.keys()
-    assert all(torch.equal(kept[name], numbers[name]) for name in numbers)
+    keeps_every_number(tmp_path / "theirs", tmp_path / "ours")
 
 
 @distinct_cases
 def test_cached_steps_equal_the_definition_after_prompts_of_every_length(tmp_path, case):
     weights, ids = publish(tmp_path, case), some_ids()
-    expected = logits(case, weights, ids)
-    decoder = fi.load(tmp_path).decoder(LENGTH)
-    tokens, scale = torch.tensor([ids]), np.abs(expected).max()
-    for prompt in (*range(1, 41), 257):
-        state = decoder.init(1, Blocked(LENGTH))
-        got = [*decoder.extend(state, tokens[:, :prompt], every=True)[0]]
-        got += [decoder.extend(state, tokens[:, prompt + n : prompt + n + 1])[0] for n in range(3)]
-        assert np.abs(torch.stack(got).numpy() - expected[: prompt + 3]).max() <= 1e-9 * scale
+    steps_are(fi.load(tmp_path), ids, logits(case, weights, ids))
 
 
 @distinct_cases
 def test_greedy_tokens_equal_full_recompute(tmp_path, case):
     publish(tmp_path, case)
-    report = verify(fi.load(tmp_path), some_ids(7), tokens=256)
-    assert report.equal
-    assert report.distinct > 3
+    greedy_is_recompute(fi.load(tmp_path), some_ids(7))
 
 
 @distinct_cases

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hyena_reference import CASES, Case, config_of, logits, random_weights
+from published_laws import greedy_is_recompute, keeps_every_number, steps_are
 from safetensors.torch import save_file
 
 import flash_inference as fi
-from flash_inference.engine.verify import verify
 from flash_inference.errors import CheckpointError
 from flash_inference.models.published import to_published
-from flash_inference.tiling import Blocked
 
 LENGTH = 300
 cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -70,34 +69,19 @@ def test_state_dicts_round_trip(tmp_path, case):
 @cases
 def test_our_format_keeps_every_number(tmp_path, case):
     publish(tmp_path / "theirs", case, torch.float32)
-    model = fi.load(tmp_path / "theirs")
-    fi.save(model, tmp_path / "ours")
-    again = fi.load(tmp_path / "ours")
-    assert again.config == model.config
-    kept, numbers = again.state_dict(), model.state_dict()
-    assert kept.keys() == numbers.keys()
-    assert all(torch.equal(kept[name], numbers[name]) for name in numbers)
+    keeps_every_number(tmp_path / "theirs", tmp_path / "ours")
 
 
 @cases
 def test_cached_steps_equal_the_definition_after_prompts_of_every_length(tmp_path, case):
     weights, ids = publish(tmp_path, case), some_ids(case)
-    expected = logits(case, weights, LENGTH, ids)
-    decoder = fi.load(tmp_path).decoder()
-    tokens, scale = torch.tensor([ids]), np.abs(expected).max()
-    for prompt in (*range(1, 41), 257):
-        state = decoder.init(1, Blocked(LENGTH))
-        got = [*decoder.extend(state, tokens[:, :prompt], every=True)[0]]
-        got += [decoder.extend(state, tokens[:, prompt + n : prompt + n + 1])[0] for n in range(5)]
-        assert np.abs(torch.stack(got).numpy() - expected[: prompt + 5]).max() <= 1e-9 * scale
+    steps_are(fi.load(tmp_path), ids, logits(case, weights, LENGTH, ids))
 
 
 @cases
 def test_greedy_tokens_equal_full_recompute(tmp_path, case):
     publish(tmp_path, case)
-    report = verify(fi.load(tmp_path), some_ids(case, 7), tokens=256)
-    assert report.equal
-    assert report.distinct > 3
+    greedy_is_recompute(fi.load(tmp_path), some_ids(case, 7))
 
 
 UNSUPPORTED = [

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from published_laws import keeps_every_number, steps_are
 from safetensors.torch import save_file
 from striped_reference import CASES, FIRST, SECOND, SH7B, Case, logits, random_weights, stored_frequencies
 
@@ -91,25 +92,13 @@ def test_state_dicts_round_trip(tmp_path, case):
 @main_cases
 def test_our_format_keeps_every_number(tmp_path, case):
     publish(tmp_path / "theirs", case, torch.float32)
-    model = fi.load(tmp_path / "theirs")
-    fi.save(model, tmp_path / "ours")
-    again = fi.load(tmp_path / "ours")
-    assert again.config == model.config
-    kept, numbers = again.state_dict(), model.state_dict()
-    assert kept.keys() == numbers.keys()
-    assert all(torch.equal(kept[name], numbers[name]) for name in numbers)
+    keeps_every_number(tmp_path / "theirs", tmp_path / "ours")
 
 
 @main_cases
 def test_cached_steps_equal_the_definition_after_prompts_of_every_length(tmp_path, case):
     publish(tmp_path, case)
-    decoder = fi.load(tmp_path).decoder(LENGTH)
-    tokens, definition = torch.tensor([some_ids(case)]), torch.from_numpy(expected(case.id))
-    for prompt in (*range(1, 41), 257):
-        state = decoder.init(1, Blocked(LENGTH))
-        got = [*decoder.extend(state, tokens[:, :prompt], every=True)[0]]
-        got += [decoder.extend(state, tokens[:, prompt + n : prompt + n + 1])[0] for n in range(4)]
-        assert (torch.stack(got) - definition[: prompt + 4]).abs().max() <= 1e-9 * definition.abs().max()
+    steps_are(fi.load(tmp_path), some_ids(case), expected(case.id))
 
 
 @main_cases

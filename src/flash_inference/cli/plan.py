@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flash_inference.tiling import Cost, Tiling
 
 COMPARED = ("lazy", "eager", "epoched", "relaxed", "blocked", SPREAD)
-PARTS = ("state", "filters", "spectra", "workspace", "total")
+PARTS = ("state", "filters", "spectra", "workspace", "activations", "total")
 
 
 def plan(

@@ -52,11 +52,12 @@ class Plan:
     filters: int
     spectra: int
     workspace: int
+    activations: int
 
     @property
     def total(self) -> int:
-        """Sum of the parts, in bytes."""
-        return self.state + self.filters + self.spectra + self.workspace
+        """The most at one time: spectra are kept as steps meet them, when the prompt's activations are gone."""
+        return self.state + self.filters + self.workspace + max(self.spectra, self.activations)
 
 
 def plan(
@@ -67,7 +68,7 @@ def plan(
     state: one buffer of positions * batch * channels numbers, its staged block, and the pasts of the mixers that keep
     one of their own;
     filters: the taps; spectra: those that the tiling's tiles use, up to the budget (the taps' size, at least 64 MiB);
-    workspace: transforms in flight and the largest activations of the prompt.
+    workspace: transforms in flight; activations: the largest of the prompt's chunks.
     """
     tiling = default_tiling(max(max_new_tokens - 1, 1), prompt) if tiling is None else tiling
     size = 8 if model.embedding.weight.itemsize == 8 else 4
@@ -80,8 +81,9 @@ def plan(
     filters = size * channels * (taps + min(taps, 256))
     budget = max(size * channels * taps, 64 << 20)
     spectra = _spectra(tiling, length, channels, size, budget) if channels else 0
-    workspace = WORKSPACE + size * batch * min(prompt, PREFILL_CHUNK) * max(b.activations for b in model.blocks)
-    return Plan(length, batch, tiling, layer_plans(model, length), state, filters, spectra, workspace)
+    activations = size * batch * min(prompt, PREFILL_CHUNK) * max(block.activations for block in model.blocks)
+    layers = layer_plans(model, length)
+    return Plan(length, batch, tiling, layers, state, filters, spectra, WORKSPACE, activations)
 
 
 def filter_bytes(model: LanguageModel, length: int, tiling: Tiling) -> int:
