@@ -16,6 +16,7 @@ from flash_inference.mixers.short_conv import ShortConv
 from flash_inference.models.block import Block, BlockPast, Convolutions
 from flash_inference.models.config import ModelConfig
 from flash_inference.models.mlp import MLP
+from flash_inference.models.residual import PreNorm
 from flash_inference.ops.causal_conv import causal_conv
 
 
@@ -95,7 +96,7 @@ class HyenaConfig(ModelConfig):
         return nn.LayerNorm(self.width, eps=self.norm_eps)
 
 
-class Hyena(nn.Module):
+class Hyena(Block):
     """The Hyena operator of order N: x_0 * (k_{N-2} conv (.. x_{N-2} * (k_0 conv (x_{N-1} * v)))), gates and filters.
 
     u = W_in x, a depthwise short convolution, split into x_0, .., x_{N-1}, v; then for i = N-1 down to 1:
@@ -113,6 +114,21 @@ class Hyena(nn.Module):
         self.skip = nn.Parameter(torch.randn((N - 1) * D))
         self.out_proj = nn.Linear(D, D)
 
+    @property
+    def convolutions(self) -> Sequence[Convolutions]:
+        """N - 1 convolutions of width D."""
+        return (Convolutions(self.filter, self.width, self.skip),)
+
+    @property
+    def mixers(self) -> Sequence[ShortConv]:
+        """The short convolution."""
+        return (self.short,)
+
+    @property
+    def activations(self) -> int:
+        """The projection and its short convolution, twice each, and what is gated."""
+        return 4 * (self.order + 1) * self.width + 4 * self.width
+
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence at once: x [B, L, D] -> [B, L, D]."""
         D, N, L = self.width, self.order, x.shape[1]
@@ -125,7 +141,7 @@ class Hyena(nn.Module):
         return self.out_proj((gates[0] * v).transpose(1, 2))
 
     def extend(self, x: Tensor, past: BlockPast) -> Tensor:
-        """The next positions x [B, N, D] -> [B, N, D]: the block's convolutions, and the short one as its mixer 0."""
+        """The next positions x [B, N, D] -> [B, N, D]."""
         u = self.short.extend(past.pasts[0], self.in_proj(x), past.moment)
         *gates, v = u.split(self.width, dim=2)
         for o, gate in enumerate(reversed(gates[1:])):
@@ -133,39 +149,13 @@ class Hyena(nn.Module):
         return self.out_proj(gates[0] * v)
 
 
-class HyenaBlock(Block):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): the pre-norm residual block."""
+class HyenaBlock(PreNorm):
+    """A Hyena operator and a tanh-GELU MLP, each behind a LayerNorm: the block that the fused steps know."""
+
+    mixer: Hyena
+    mlp: MLP
 
     def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mixer = Hyena(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config.width, config.mlp_width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    @property
-    def convolutions(self) -> Sequence[Convolutions]:
-        """N - 1 convolutions of width D."""
-        return (Convolutions(self.mixer.filter, self.mixer.width, self.mixer.skip),)
-
-    @property
-    def mixers(self) -> Sequence[ShortConv]:
-        """The short convolution."""
-        return (self.mixer.short,)
-
-    @property
-    def activations(self) -> int:
-        """The wider of the operator's and the MLP's peaks."""
-        D, N = self.mixer.width, self.mixer.order
-        return max(4 * (N + 1) * D + 4 * D, 2 * self.mlp.fc1.out_features + 3 * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L, D]."""
-        x = x + self.dropout(self.mixer(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-    def extend(self, x: Tensor, past: BlockPast) -> Tensor:
-        """The next positions x [B, N, D] -> [B, N, D]."""
-        x = x + self.mixer.extend(self.norm1(x), past)
-        return x + self.mlp(self.norm2(x))
+        D, eps = config.width, config.norm_eps
+        norm1, mixer, norm2 = nn.LayerNorm(D, eps=eps), Hyena(config), nn.LayerNorm(D, eps=eps)
+        super().__init__(norm1, mixer, norm2, MLP(D, config.mlp_width), config.dropout)
