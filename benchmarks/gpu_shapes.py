@@ -110,8 +110,8 @@ class Problem:
     def error(self, shape: Shape) -> float:
         """The largest error against float64, as a share of its bound; more than 1 is wrong.
 
-        A product may miss by UNIT of the sum of its terms' sizes: two tf32 numbers leave 2^-21 of each, and tensor cores
-        cut their sums. What follows a product carries that on.
+        A product may miss by UNIT of the sum of its terms' sizes: two tf32 numbers leave 2^-21 of each, and tensor
+        cores cut their sums. What follows a product carries that on.
         """
         w, B = self.w[0].double(), self.batch
         kept = [(t, t.clone()) for t in (self.x, self.history, self.pending, self.centres)]
