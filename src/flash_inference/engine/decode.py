@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flash_inference.engine.payer import Payer, Stacked, Steps
 from flash_inference.models.decoder import Decoder
-from flash_inference.models.fused import unfused
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def decoder_for(
         except ImportError as error:
             reason = f"{error}; pip install triton"
         else:
-            reason = gpu.unusable(model.embedding.weight) or unfused(model)
+            reason = gpu.unusable(model.embedding.weight) or gpu.unreplayed(model)
             if reason is None:
                 return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded", batch)
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)

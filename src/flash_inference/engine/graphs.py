@@ -44,7 +44,8 @@ class GpuLoop:
                 f"a prompt of {longest} and {new} new tokens need {longest + new - 1} positions; "
                 f"the decoder has {decoder.length}. Shorten the prompt, or ask for fewer new tokens."
             )
-        self.decoder, self.new, self.graphs, self.mixing = decoder, new, graphs, mixing
+        self.decoder, self.new, self.graphs = decoder, new, graphs
+        self.mixing = mixing and decoder.channels > 0
         self.device = decoder.device
         self.step, self.draw, self.generators = decoder.step_of(self.batch), draw, generators
         self.run = decoder.init(longest, max(new - 1, 1), self.batch)
@@ -75,18 +76,17 @@ class GpuLoop:
         """The logits [B, V] behind the prompts. A prompt that several rows share is read once."""
         run, logits = self.run, list[Tensor]()
         seen: dict[tuple[int, ...], int] = {}
-        history: Tensor = run.history.view(len(run.history), -1, run.batch)
         for row, prompt in enumerate(prompts):
             twin = seen.setdefault(tuple(int(token) for token in prompt), row)
             if twin == row:
                 logits.append(self.decoder.prefill(run, prompt.to(self.device), row))
             else:
-                history[..., row], run.pending[:, :, row] = history[..., twin], run.pending[:, :, twin]
+                self.decoder.repeat(run, twin, row)
                 logits.append(logits[twin])
         return torch.stack(logits)
 
     def _embed(self, tokens: Tensor) -> None:
-        self.step.start(self.decoder.exact.embedding.weight[tokens])
+        self.step.start(self.decoder.exact.embedding(tokens))
 
     def advance(self, tokens: Tensor) -> Tensor:
         """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host."""

@@ -103,10 +103,12 @@ class Attention(nn.Module):
 
     `qkv` gives q | k | v side by side, each head by head; `out` joins the heads. Positions count from each row's start.
     Computed by PyTorch's fused attention, but for a softcap, which that does not know. Queries are taken a piece at a
-    time, so that a mask stays below 2^25 elements. Cost O(past) per position, or O(window).
+    time, so that a mask stays below 2^25 elements. Cost O(past) per position, or O(window); O(room in the cache) where
+    the device holds the clock.
     """
 
     decodes: ClassVar[str] = "KV cache"
+    replays: ClassVar[bool] = True
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -114,6 +116,7 @@ class Attention(nn.Module):
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
         self.qkv = nn.Linear(config.width, inner + 2 * shared, bias=config.qkv_bias)
         self.out = nn.Linear(inner, config.width, bias=config.out_bias)
+        self._slopes: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence: x [B, L, D] -> [B, L, D]. O(L^2), or O(L window); differentiable."""
@@ -156,6 +159,8 @@ class Attention(nn.Module):
         LengthError if the cache is full.
         """
         check_shape("x", x, "B N D", B=past.keys.shape[0], D=self.config.width)
+        if isinstance(moment.clock, Tensor):
+            return self.step(past, x, moment, moment.clock)
         N, clock, slots = x.shape[1], moment.clock, past.keys.shape[2]
         windowed = self.config.window is not None and slots == self.config.window
         if clock + N - moment.first_start > slots and not windowed:
@@ -177,6 +182,21 @@ class Attention(nn.Module):
             keys, values = past.keys[:, :, :known], past.values[:, :, :known]
         start = None if moment.begun_by(clock + N - keys.shape[2]) else moment.start
         return self.join(self.attend(q, keys, values, clock, start))
+
+    def step(self, past: AttentionPast, x: Tensor, moment: Moment, clock: Tensor) -> Tensor:
+        """One position x [B, 1, D] -> [B, 1, D] at a clock [1] that the device holds.
+
+        All slots are weighed, under a mask of those that hold a position of the row's own: the work is the same
+        wherever a graph is replayed.
+        """
+        q, k, v = self.project(moment.enter(past, x), moment.positions(1, x.device))
+        slots = past.keys.shape[2]
+        for kept, new in ((past.keys, k), (past.values, v)):
+            kept.index_copy_(2, clock % slots, new.to(kept.dtype))
+        distance = (clock - torch.arange(slots, device=x.device)) % slots
+        start = 0 if moment.start is None else moment.start[:, None, None, None]
+        allowed = (clock - distance)[None, None, None] >= start
+        return self.join(self.weigh(q, past.keys, past.values, distance[None], allowed))
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, N, d], keys and values [B, kv heads, N, d] of x [B, N, D] at positions [B or 1, N]."""
@@ -234,8 +254,7 @@ class Attention(nn.Module):
         config = self.config
         lowered = None
         if config.alibi is not None:
-            slopes = torch.tensor(config.alibi, device=q.device, dtype=torch.float64)[:, None, None]
-            lowered = (-slopes * distance).to(torch.promote_types(q.dtype, torch.float32))
+            lowered = (-self.slopes(q.device) * distance).to(torch.promote_types(q.dtype, torch.float32))
         # The fused kernel reads a mask in the queries' dtype, in which 16 bits do not hold large distances.
         if config.softcap is None and (lowered is None or q.itemsize >= 4):
             mask = allowed if lowered is None else lowered.masked_fill(~allowed, -torch.inf)
@@ -246,6 +265,13 @@ class Attention(nn.Module):
         scores = scores if config.softcap is None else config.softcap * torch.tanh(scores / config.softcap)
         scores = scores if lowered is None else scores + lowered
         return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).to(q.dtype)
+
+    def slopes(self, device: torch.device) -> Tensor:
+        """ALiBi's slopes [H, 1, 1] in float64, kept on the device: a graph cannot fetch them."""
+        if self._slopes is None or self._slopes.device != device:
+            with torch.inference_mode(False):
+                self._slopes = torch.tensor(self.config.alibi, device=device, dtype=torch.float64)[:, None, None]
+        return self._slopes
 
     def join(self, heads: Tensor) -> Tensor:
         """Heads [B, H, N, d] -> [B, N, D]."""

@@ -30,6 +30,7 @@ class FiniteResponse(nn.Module):
     """
 
     decodes: ClassVar[str] = "FIR ring"
+    replays: ClassVar[bool] = True
     bias: nn.Parameter | None
     skip: nn.Parameter | None
 
@@ -76,11 +77,12 @@ class FiniteResponse(nn.Module):
     def apply_to(self, window: Tensor, u: Tensor) -> Tensor:
         """Outputs [B, N, C] for the inputs u [B, N, C] that end window [B, taps - 1 + N, C]."""
         weight = self.kernel().to(window.dtype)
-        weight = weight.repeat_interleave(self.channels // len(weight), dim=0)
+        groups = len(weight)
         if u.shape[1] == 1:
-            z = (window * weight[:, 0].T).sum(1, keepdim=True)
+            z = (window.unflatten(-1, (groups, -1)) * weight[:, 0].T[..., None]).sum(1, keepdim=True).flatten(-2)
             z = z if self.bias is None else z + self.bias
         else:
+            weight = weight.repeat_interleave(self.channels // groups, dim=0)
             z = nn.functional.conv1d(window.mT, weight, self.bias, groups=self.channels).mT
         return z if self.skip is None else torch.addcmul(z, self.skip.to(z.dtype), u)
 

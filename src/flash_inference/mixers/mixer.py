@@ -20,9 +20,12 @@ class Moment:
     `last_start` is the largest of the starts, `first_start` the smallest of those that count, where they are known
     beforehand: a device then need not be asked. `entered` collects what enters each mixer, as pairs of its past and its
     inputs, where a draft wants to know it.
+
+    A clock that the device holds, as a tensor [1], is for single positions that are captured once and replayed at
+    others: all rows have begun by then, and nobody on the host knows which position it is.
     """
 
-    clock: int
+    clock: int | Tensor
     start: Tensor | None = None
     last_start: int | None = None
     first_start: int = 0
@@ -30,7 +33,7 @@ class Moment:
 
     def positions(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """[B or 1, n]: the next n positions as each row counts them, from 0 at its start; negative before it."""
-        clocks = torch.arange(self.clock, self.clock + n, device=device)
+        clocks = torch.arange(n, device=device) + self.clock
         return clocks[None] if self.start is None else clocks - self.start[:, None].to(clocks.device)
 
     def begun_by(self, clock: int) -> bool:
@@ -42,7 +45,8 @@ class Moment:
 
     def alive(self, n: int, device: torch.device | str | None = None) -> Tensor | None:
         """[B, n]: which of the next n positions have begun. None: all of them."""
-        return None if self.begun_by(self.clock) else self.positions(n, device) >= 0
+        begun = isinstance(self.clock, Tensor) or self.begun_by(self.clock)
+        return None if begun else self.positions(n, device) >= 0
 
     def mute(self, x: Tensor) -> Tensor:
         """The next inputs x [B, N, D] with zeros in the place of those before a row's start, whatever these are."""
@@ -78,7 +82,9 @@ class Mixer(Protocol[Past]):
 
     `Past` is a dataclass of tensors whose first axis is the batch: what the positions so far leave behind. It is made
     by `init`, advanced in place by `extend`, and can so be saved, forked, cut into rows and moved like any value.
-    `decodes` names the way of decoding in a plan: "recurrence", "FIR ring", "KV cache".
+    `decodes` names the way of decoding in a plan: "recurrence", "FIR ring", "KV cache". A mixer that can be captured in
+    a GPU's graph says so by an attribute `replays` = True: `extend` by one position then changes its past's tensors in
+    place, asks the device nothing, and bears a clock on the device.
     """
 
     decodes: ClassVar[str]

@@ -40,6 +40,7 @@ class ModalConv(nn.Module):
     """
 
     decodes: ClassVar[str] = "recurrence"
+    replays: ClassVar[bool] = True
 
     def __init__(
         self, channels: int, filter: Modal, *, skip: bool = True, accumulate: torch.dtype = torch.float64

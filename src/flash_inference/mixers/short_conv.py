@@ -25,6 +25,7 @@ class ShortConv(nn.Module):
     """
 
     decodes: ClassVar[str] = "FIR ring"
+    replays: ClassVar[bool] = True
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()

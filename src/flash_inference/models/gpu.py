@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from flash_inference.errors import LengthError, ModelError, PlanError
 from flash_inference.filters import ImplicitFilter
 from flash_inference.mixers.mixer import Moment
-from flash_inference.models.fused import layer_weights, unfused
-from flash_inference.ops.decode_step import LayerWeights
+from flash_inference.models.block import BlockPast, Convolutions
+from flash_inference.models.fused import unfused
+from flash_inference.models.gpu_hyena import HyenaSteps
+from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplayed
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
@@ -26,36 +29,65 @@ from flash_inference.tiling.triangle import next_power
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
 
+AnyStep = GpuStep | GpuBatchStep | ModuleStep
 GRAPH = 16
 """Positions a graph; pairs inside them are inline."""
 NEAR = 256
 """Largest side that is paid at once."""
+PIECE = 4096
+"""Positions of a prompt that are read at a time where no long convolution wants them all."""
 
 
 @dataclass
 class GpuRun:
-    """Sequences in flight: the mixers' one buffer [rows, M D B], time-major, and what the kernels keep beside it.
+    """Sequences in flight: the long convolutions' one buffer [rows, C B], time-major, and what is kept beside it.
 
-    Row r belongs to position r - lead; `lead` rows end where the prompts end, a multiple of the graph's positions. What
-    stands before a shorter prompt is zero.
+    `pending` is the step's own: what mixers with another past keep. Row r belongs to position r - lead; `lead` rows end
+    where the prompts end, a multiple of the graph's positions. What stands before a shorter prompt is zero.
     """
 
     batch: int
     lead: int
     rows: int
     history: Tensor
-    pending: Tensor
+    pending: Any
     clock: Tensor
     tokens: Tensor
     host_tokens: Tensor
     stamps: Tensor
 
 
+class Steps(Protocol):
+    """How single positions run: by kernels that know a family, or by the model's own modules."""
+
+    def make(self, batch: int, shapes: BatchShapes | None) -> AnyStep:
+        """The step of that many sequences, ready to be forked."""
+        ...
+
+    def pending(self, batch: int, rows: int) -> Any:
+        """What the mixers with a past of their own keep of `batch` sequences, with clocks below `rows`."""
+        ...
+
+    def pending_bytes(self, rows: int) -> int:
+        """Bytes of that for one sequence."""
+        ...
+
+    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int) -> None:
+        """Puts the pasts behind a row's prompt, block by block and mixer by mixer, where its steps find them."""
+        ...
+
+    def repeat(self, run: GpuRun, twin: int, row: int) -> None:
+        """Gives a row what another keeps."""
+        ...
+
+
 class GpuDecoder:
     """A LanguageModel made ready to decode up to `length` positions of up to `batch` sequences at once on its GPU.
 
-    Matrices are streamed as bfloat16 where that changes no value, and as they are otherwise; activations, mixer state
-    and sums are float32. `spectra_bytes` bounds the stored filter spectra; larger sides are transformed when needed.
+    Hyena models run by fused kernels: matrices are streamed as bfloat16 where that changes no value, and as they are
+    otherwise; activations and sums are float32. Other models run by their own modules, in their own dtype. The state of
+    long convolutions is kept in `dtype` and summed in float32. `spectra_bytes` bounds the stored filter spectra; larger
+    sides are transformed when needed. `shapes`, `batch_shapes` and `pdl` are settings of the fused kernels.
     """
 
     def __init__(
@@ -69,35 +101,38 @@ class GpuDecoder:
         self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
         self.bounded, self.pricing, self.batch = latency == "bounded", pricing or Pricing(), batch
         self.device = next(model.parameters()).device
-        if pdl is None:
-            pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
+        plain = unfused(model) is not None
         float32 = next(model.parameters()).dtype == torch.float32
-        self.exact = model if float32 else copy.deepcopy(model).float()
-        self.channels = config.layers * (config.order - 1) * config.width
+        self.exact = model if plain or float32 else copy.deepcopy(model).float()
+        groups = [group for block in self.exact.blocks for group in block.convolutions]
+        self._filters = [group.filter for group in groups]
+        self._firsts = [0, *accumulate(filter.channels for filter in self._filters)]
+        self.channels: int = self._firsts[-1]
+        self._lanes = _lanes([block.convolutions for block in self.exact.blocks])
         if self.device.type == "cuda":
             # Of two kernels that wait, the device starts the one of higher priority: steps before tiles.
             self.main = torch.cuda.Stream(priority=-5)
             self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
         with torch.inference_mode(False), torch.no_grad():
             self._hidden: dict[tuple[int, int, int], Tensor] = {}
-            self._filters = [block.mixer.filter for block in self.exact.blocks]
             self.near = torch.empty(0, device=self.device)
-            near_taps = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
-            skip = torch.cat([block.mixer.skip for block in self.exact.blocks]).float()
-            self.near = near_taps
-            layers = [_streamed(layer_weights(block)) for block in self.exact.blocks]
-            norm = self.exact.norm.weight.detach(), self.exact.norm.bias.detach()
-            parts = layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach())
-            parts = *parts, skip + near_taps[0], near_taps
-            settings = {"order": config.order, "eps": config.norm_eps, "block": GRAPH, "pdl": pdl}
-            self.step = GpuStep(*parts, shapes=shapes, **settings)
-            self._batched = partial(GpuBatchStep, *parts, **settings)
-            self._batch_steps: dict[tuple[int, BatchShapes], GpuBatchStep] = {}
-            self._batch_shapes = batch_shapes
+            self.near = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
+            skips = [
+                self.near.new_zeros(g.filter.channels) if g.skip is None else g.skip.detach().float() for g in groups
+            ]
+            self.skip = torch.cat([self.near.new_empty(0), *skips])
+            settings = {"near": self.near, "diagonal": self.skip + self.near[0], "block": GRAPH}
+            self.steps: Steps = (
+                ModuleSteps(model, self._lanes, **settings)
+                if plain
+                else HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
+            )
+            self.step = self.steps.make(1, None)
+            self._made: dict[tuple[int, BatchShapes | None], AnyStep] = {}
         budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
         size = near
-        top = next_power(length) // (4 if self.bounded else 2)
+        top = next_power(length) // (4 if self.bounded else 2) if self.channels else 0
         while size <= top:
             self.ffts[size] = fft = TileFFT(size, self.padded)
             ks, cost = ((1, 2) if self.bounded else (0,)), self.channels * (size + 1) * 8
@@ -110,17 +145,16 @@ class GpuDecoder:
         if batch == 1:
             self._warm(self.step, 1)
 
-    def step_of(self, batch: int, shapes: BatchShapes | None = None) -> GpuStep | GpuBatchStep:
-        """The kernels for one sequence, or for a batch of that many: a fork, with scratch of its own."""
+    def step_of(self, batch: int, shapes: BatchShapes | None = None) -> AnyStep:
+        """What runs a position of one sequence, or of a batch of that many: a fork, with scratch of its own."""
         if batch == 1:
             return self.step.fork()
-        shapes = shapes or self._batch_shapes or BatchShapes.fit(batch)
         key = batch, shapes
-        if key not in self._batch_steps:
+        if key not in self._made:
             with torch.inference_mode(False), torch.no_grad():
-                self._batch_steps[key] = self._batched(batch=batch, shapes=shapes)
-                self._warm(self._batch_steps[key], batch)
-        return self._batch_steps[key].fork()
+                self._made[key] = self.steps.make(batch, shapes)
+                self._warm(self._made[key], batch)
+        return self._made[key].fork()
 
     def _budget(self) -> int:
         """Bytes for stored spectra: what the device has left beside the runs' state and 3 GiB for work.
@@ -132,30 +166,39 @@ class GpuDecoder:
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         row = self.channels * self.batch * self.dtype.itemsize
-        left = free - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
+        own = self.batch * self.steps.pending_bytes(self.length + 2 * GRAPH)
+        left = free - own - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
         if left < 0:
             raise PlanError(
-                f"{self.length} positions need {self.length * row / 2**30:.1f} GiB of mixer state and 3 GiB for work; "
-                f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
-                f"{max(0, (free - (3 << 30)) // row)} positions would fit, or twice as many with 16-bit state."
+                f"{self.length} positions need {(self.length * row + own) / 2**30:.1f} GiB of mixer state and 3 GiB "
+                f"for work; {free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
+                f"{max(0, free - own - (3 << 30)) // max(row, 1)} positions would fit, or twice as many with 16-bit "
+                "state."
             )
         return left
 
     def taps(self, first: int, stop: int, channels: range) -> Tensor:
-        """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept."""
-        lanes = (self.config.order - 1) * self.config.width
-        parts = []
-        for layer in range(channels.start // lanes, -(-channels.stop // lanes)):
-            low, high = max(channels.start - layer * lanes, 0), min(channels.stop - layer * lanes, lanes)
-            parts.append(self._some_taps(layer, first, stop, slice(low, high)))
-        return torch.cat(parts).float()
+        """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept.
 
-    def _some_taps(self, layer: int, first: int, stop: int, channels: slice) -> Tensor:
-        """Chunks of a large tile ask for a few channels of one layer after the other: the hidden layer is kept."""
-        filter = self._filters[layer]
+        Zeros behind the end of a filter.
+        """
+        parts = [self.near.new_zeros(0, stop - first)]
+        for number, (begin, end) in enumerate(pairwise(self._firsts)):
+            low, high = max(channels.start, begin), min(channels.stop, end)
+            if low < high:
+                last = max(first, min(stop, self._filters[number].length))
+                rho = self.near.new_zeros(high - low, stop - first)
+                if last > first:
+                    rho[:, : last - first] = self._some_taps(number, first, last, slice(low - begin, high - begin))
+                parts.append(rho)
+        return torch.cat(parts)
+
+    def _some_taps(self, number: int, first: int, stop: int, channels: slice) -> Tensor:
+        """Chunks of a large tile ask for a few channels of one filter after the other: the hidden layer is kept."""
+        filter = self._filters[number]
         if not isinstance(filter, ImplicitFilter):
             return filter.taps(stop - first, first, channels)
-        key = (layer, first, stop)
+        key = (number, first, stop)
         if key not in self._hidden:
             while len(self._hidden) > 1:
                 del self._hidden[next(iter(self._hidden))]
@@ -172,13 +215,12 @@ class GpuDecoder:
         """Memory for `batch` prompts of up to `prompt` positions, and `new` positions after them."""
         lead = -(-prompt // GRAPH) * GRAPH
         rows, device = lead + -(-new // GRAPH) * GRAPH, self.device
-        short = torch.stack([block.mixer.short.init(batch).pending.transpose(0, 1) for block in self.exact.blocks])
         return GpuRun(
             batch=batch,
             lead=lead,
             rows=rows,
             history=torch.zeros(rows + self.near_side, self.channels * batch, dtype=self.dtype, device=device),
-            pending=short.contiguous(),
+            pending=self.steps.pending(batch, rows),
             clock=torch.full((2 + batch,), lead, dtype=torch.long, device=device),
             tokens=torch.full((rows, batch), -1, dtype=torch.long, device=device),
             host_tokens=torch.full((rows, batch), -1, dtype=torch.long, pin_memory=device.type == "cuda"),
@@ -188,22 +230,31 @@ class GpuDecoder:
     @torch.no_grad()
     def prefill(self, run: GpuRun, prompt: Tensor, row: int = 0) -> Tensor:
         """Reads a row's prompt [P] -> logits [V]: mixer inputs before `lead`, what they owe behind it."""
-        P, lanes = len(prompt), (self.config.order - 1) * self.config.width
-        history = run.history.unflatten(1, (-1, run.batch))[..., row]
-        x = self.exact.embedding(prompt[None])
-        for number, block in enumerate(self.exact.blocks):
-            mixer, D = block.mixer, self.config.width
-            past = mixer.short.init(1)
-            *gates, v = mixer.short.extend(past, mixer.in_proj(block.norm1(x)), Moment(0)).split(D, dim=2)
-            run.pending[number, :, row] = past.pending[0]
-            for o, gate in enumerate(reversed(gates[1:])):
-                y = (gate * v)[0]
-                first = number * lanes + o * D
-                history[run.lead - P : run.lead, first : first + D] = y.to(self.dtype)
-                v = self._causal(history[run.lead : run.rows], y, first, P)[None] + mixer.skip[o * D : (o + 1) * D] * y
-            x = x + mixer.out_proj(gates[0] * v)
-            x = x + block.mlp(block.norm2(x))
-        return self.exact.head(self.exact.norm(x[:, -1]))[0]
+        model, P, clock = self.exact, len(prompt), 0
+        pasts = [[mixer.init(1, P) for mixer in block.mixers] for block in model.blocks]
+        x = torch.empty(0)
+        for piece in prompt[None].split(P if self.channels else PIECE, dim=1):
+            x = model.embedding(piece)
+            for number, block in enumerate(model.blocks):
+                past = BlockPast(pasts[number], Moment(clock), partial(self._mix, run, row, number))
+                x = block.extend(x, past)
+            clock += piece.shape[1]
+        self.steps.keep(run, row, pasts, P)
+        return model.head(model.norm(x[:, -1]))[0].float()
+
+    def repeat(self, run: GpuRun, twin: int, row: int) -> None:
+        """Gives a row the prompt that another has read."""
+        history = run.history.unflatten(1, (self.channels, run.batch))
+        history[..., row] = history[..., twin]
+        self.steps.repeat(run, twin, row)
+
+    def _mix(self, run: GpuRun, row: int, block: int, o: int, y: Tensor) -> Tensor:
+        """A block's convolution of a whole prompt y [1, P, D], its inputs written and what they owe behind it added."""
+        lanes, given = self._lanes[block][o], y[0].float()
+        history = run.history.unflatten(1, (self.channels, run.batch))[..., row]
+        history[run.lead - len(given) : run.lead, lanes.start : lanes.stop] = given.to(self.dtype)
+        z = self._causal(history[run.lead : run.rows], given, lanes.start, len(given))
+        return (z + self.skip[lanes.start : lanes.stop] * given)[None].to(y.dtype)
 
     def _causal(self, behind: Tensor, y: Tensor, first: int, P: int) -> Tensor:
         """What y [P, D] gives its own positions, returned, and the rows behind the prompt, added there."""
@@ -231,7 +282,7 @@ class GpuDecoder:
         width = max(2, self.config.width // batch // 2 * 2)
         return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
 
-    def _warm(self, step: GpuStep | GpuBatchStep, batch: int) -> None:
+    def _warm(self, step: AnyStep, batch: int) -> None:
         """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
         if self.device.type != "cuda":
             return
@@ -239,7 +290,7 @@ class GpuDecoder:
         step.start(torch.zeros(batch, self.config.width, device=self.device))
         torch.cuda.synchronize()
         with torch.cuda.stream(self.main):
-            while side <= self.near_side:
+            while side <= self.near_side and self.channels:
                 positions(self, step, run, side, None)
                 run.clock.fill_(run.lead)
                 side *= 2
@@ -269,12 +320,11 @@ def unusable(weight: Tensor) -> str | None:
 def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1) -> GpuDecoder:
     """The model made ready for `batch` sequences of `length` positions.
 
-    Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that these kernels do
-    not know.
+    Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that no graph can hold.
     """
-    reason = unfused(model)
+    reason = unreplayed(model)
     if reason is not None:
-        raise ModelError(f"the GPU's kernels cannot run this model: {reason}. Decode with model.decoder(length).")
+        raise ModelError(f"no graph can hold this model: {reason}. Decode with model.decoder(length).")
     version = tuple((p.data_ptr(), p._version) for p in model.parameters())
     kept = getattr(model, "_gpu_decoder", None)
     if kept is None or kept[0] != (version, latency) or kept[1].length < length or kept[1].batch < batch:
@@ -285,7 +335,7 @@ def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded", bat
 
 
 def positions(
-    decoder: GpuDecoder, step: GpuStep | GpuBatchStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
+    decoder: GpuDecoder, step: AnyStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
     draw: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Launches a graph's positions, and behind the last one's mixer rows the square of that side, on `fork` if given.
@@ -314,14 +364,12 @@ def positions(
         torch.cuda.current_stream().wait_event(fork.record_event())
 
 
-def _narrow(weight: Tensor) -> Tensor:
-    """The same values as bfloat16 if none changes."""
-    narrow = weight.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
-
-
-def _streamed(layer: LayerWeights) -> LayerWeights:
-    """The same layer as the kernels read it: matrices narrow where nothing is lost, short filters [taps, W]."""
-    matrices = {name: getattr(layer, name) for name in ("in_proj", "out_proj", "fc1", "fc2")}
-    narrow = {name: (_narrow(weight), bias) for name, (weight, bias) in matrices.items()}
-    return replace(layer, short=(layer.short[0].T.contiguous(), layer.short[1]), **narrow)
+def _lanes(blocks: Sequence[Sequence[Convolutions]]) -> list[list[range]]:
+    """The channels of every convolution, block by block, all side by side."""
+    lanes, first = list[list[range]](), 0
+    for groups in blocks:
+        lanes.append([])
+        for group in groups:
+            lanes[-1] += [range(first + o * group.width, first + (o + 1) * group.width) for o in range(group.count)]
+            first += group.filter.channels
+    return lanes

@@ -1,10 +1,11 @@
-"""A tile as a direct sum on a GPU: time-major state, all layers in one launch, specialised per side."""
+"""Direct sums on a GPU, on time-major state: tiles of all layers in one launch, and the rows of a single position."""
 
 # Triton gives its decorators, launches and ranges no types that a checker could follow.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -83,3 +84,43 @@ def _tile_rows(
         wanted = inside & (first + o < T)
         at = z + tl.cast(o, tl.int64) * C
         tl.store(at, (tl.load(at, wanted, 0.0).to(tl.float32) + sums[o]).to(history.dtype.element_ty), wanted)
+
+
+def mix_rows(
+    history: Tensor, near: Tensor, diagonal: Tensor, y: Tensor, clock: Tensor, offset: int, lane: int, block: int
+) -> Tensor:
+    """The next outputs z [B, D] of the convolutions whose channels begin at `lane`, for inputs y [B, D].
+
+    z = history[t] + sum over the block's earlier positions i of history[i] near[t - i] + diagonal y at the position
+    t = clock + offset, `clock` [1] on the device being the first of a block of `block` positions; then history[t] = y.
+    history [rows, C B], near [taps, C] with taps > block, diagonal [C]. Sums in float32; z has the dtype of y.
+    """
+    (batch, width), C, y = y.shape, history.shape[1], y.contiguous()
+    z = torch.empty_like(y)
+    _mix_rows[(triton.cdiv(batch * width, 64),)](
+        history, near, diagonal, y, z, clock, offset, lane, width, C, BLOCK=block, BATCH=batch, LANES=64, num_warps=2
+    )
+    return z
+
+
+@triton.jit(do_not_specialize=["offset", "lane"])
+def _mix_rows(
+    history, near, diagonal, y, z, clock, offset, lane, width, C, BLOCK: tl.constexpr, BATCH: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = at < width * BATCH
+    channel = lane + at // BATCH
+    column = tl.cast(lane, tl.int64) * BATCH + at
+    given = at % BATCH * width + at // BATCH
+    past = tl.arange(0, BLOCK)
+    earlier = inside[:, None] & (past < offset)[None, :]
+    block = history + tl.load(clock) * C
+    inputs = tl.load(block + tl.cast(past, tl.int64)[None, :] * C + column[:, None], earlier, 0.0).to(tl.float32)
+    taps = tl.cast(offset - past, tl.int64)[None, :] * (C // BATCH) + channel[:, None]
+    sums = tl.sum(inputs * tl.load(near + taps, earlier, 0.0), 1)
+    now = block + tl.cast(offset, tl.int64) * C + column
+    new = tl.load(y + given, inside, 0.0).to(tl.float32)
+    sums += tl.load(now, inside, 0.0).to(tl.float32) + tl.load(diagonal + channel, inside, 0.0) * new
+    tl.store(now, new.to(history.dtype.element_ty), inside)
+    tl.store(z + given, sums.to(z.dtype.element_ty), inside)
