@@ -382,16 +382,18 @@ def test_the_fused_steps_say_which_models_they_do_not_know() -> None:
     assert "config is a ToyConfig" in str(unfused(toy(["hyena", "hyena"])))
 
 
-def test_the_gpus_kernels_refuse_such_a_model_and_pytorch_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_refuse_a_mixer_that_may_not_replay_and_pytorch_runs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu = pytest.importorskip("flash_inference.models.gpu")
     model = MODELS[PATTERNS["among-hyena"]]
-    with pytest.raises(ModelError, match=r"cannot run this model: block 0 is a Own.*model\.decoder\(length\)"):
+    with pytest.raises(ModelError, match=r"no graph can hold .*: block 0 has a Leaky.*model\.decoder\(length\)"):
         gpu.gpu_decoder(model, 16)
     monkeypatch.setattr(gpu, "unusable", lambda weight: None)
     weight = SimpleNamespace(device=torch.device("cuda"))
     away = SimpleNamespace(
         embedding=SimpleNamespace(weight=weight), blocks=model.blocks, config=model.config, decoder=model.decoder
     )
-    with pytest.warns(UserWarning, match=r"kernels are not used: block 0 is a Own") as caught:
+    with pytest.warns(UserWarning, match=r"kernels are not used: block 0 has a Leaky") as caught:
         assert isinstance(decoder_for(away, 16), Decoder)  # type: ignore[arg-type]
     assert len(caught) == 1

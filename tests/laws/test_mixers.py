@@ -144,3 +144,20 @@ def test_a_wrong_width_or_batch_is_named(mixer: Mixer) -> None:
         mixer.forward(torch.zeros(1, 3, WIDTH + 1, dtype=torch.float64))
     with pytest.raises(ShapeError, match="B=2"):
         mixer.extend(mixer.init(2, 4), torch.zeros(3, 1, WIDTH, dtype=torch.float64), Moment(0))
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+def test_a_clock_on_the_device_changes_nothing(mixer: Mixer, data: st.DataObject) -> None:
+    """Single positions behind a prompt, in rows that have all begun."""
+    L = data.draw(st.integers(2, 40))
+    known = data.draw(st.integers(1, L - 1))
+    start = torch.tensor(data.draw(st.lists(st.integers(0, known), min_size=2, max_size=2)))
+    x = torch.randn(2, L, WIDTH, dtype=torch.float64)
+    past, other = mixer.init(2, L), mixer.init(2, L)
+    for held in (past, other):
+        mixer.extend(held, x[:, :known], Moment(0, start))
+    for t in range(known, L):
+        z = mixer.extend(past, x[:, t : t + 1], Moment(torch.tensor([t]), start))
+        assert close(z, mixer.extend(other, x[:, t : t + 1], Moment(t, start)))
+    assert mixer.replays
