@@ -30,7 +30,7 @@ PATTERN = ("short", "medium", "long", "attention", "modal")
 def _striped(vocab: int, width: int, length: int, **settings: Any) -> StripedHyenaConfig:
     return StripedHyenaConfig(
         vocab, width, 5, length, pattern=PATTERN, activations=("gelu", "none", "silu", "none", "none"), inner=2 * width,
-        heads=4, modes=4, short_groups=4, medium_taps=20, medium_groups=8, tied=False, **settings,
+        heads=4, kv_heads=2, modes=4, short_groups=4, medium_taps=20, medium_groups=8, tied=False, **settings,
     )  # fmt: skip
 
 

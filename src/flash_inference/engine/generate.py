@@ -17,6 +17,7 @@ from flash_inference.engine.speculative import speculate
 from flash_inference.errors import SamplingError, SettingError, TokenError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.decoder import Decoder
+from flash_inference.models.fused import unfused
 from flash_inference.tiling import Tiling
 
 
@@ -143,7 +144,10 @@ def _steps(
     stops = Stops(model, prompt.shape[0], stop_tokens, stop)
     check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
     check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
-    decoder = decoder_for(model, prompt.shape[1] + max_new_tokens, tiling, len(prompt))
+    length = prompt.shape[1] + max_new_tokens
+    # Modules can draft on a GPU, and graphs cannot: what a graph has done is not taken back.
+    drafts = draft is not None and unfused(model) is not None
+    decoder = model.decoder(length) if drafts else decoder_for(model, length, tiling, len(prompt))
     if draft is not None:
         check_draft(draft, model, decoder, prompt, max_new_tokens)
 

@@ -52,8 +52,14 @@ class ShortConv(nn.Module):
 
         What enters before a row's start is zeroed here, since the biases of earlier layers refill padded inputs.
         """
-        N, edge = u.shape[1], self.taps - 1
-        padded = nn.functional.pad(moment.enter(past, u).transpose(1, 2), (edge, edge))
+        (batch, N, _), edge = u.shape, self.taps - 1
+        u = moment.enter(past, u)
+        if N == 1:
+            owed = torch.cat([past.pending, self.bias.expand(batch, 1, -1)], dim=1)
+            owed = torch.addcmul(owed, u, self.weight[:, 0].T.flip(0))
+            past.pending.copy_(owed[:, 1:])
+            return owed[:, :1]
+        padded = nn.functional.pad(u.transpose(1, 2), (edge, edge))
         sums = nn.functional.conv1d(padded, self.weight, self.bias, groups=self.channels).transpose(1, 2)
         if edge:
             sums = torch.cat([sums[:, :edge] + (past.pending - self.bias), sums[:, edge:]], dim=1)
