@@ -29,10 +29,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., D] -> [.., D]."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = wide.square().mean(-1, keepdim=True)
-        scale = (mean + self.eps).rsqrt() if self.eps_place == "inside" else 1 / (mean.sqrt() + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.eps_place == "inside":
+            wide = x.to(dtype)
+            return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) * x.shape[-1] ** -0.5
+        return (x / (root + self.eps)).to(x.dtype) * self.weight
 
 
 class PlainRMSNorm(nn.Module):
