@@ -36,7 +36,7 @@ from flash_inference.models.gpu_modules import ModuleStep  # noqa: E402
 from flash_inference.ops.tile_conv.triton import mix_rows  # noqa: E402
 from flash_inference.testing import greedy_differences  # noqa: E402
 from flash_inference.testing.ties import FACTOR  # noqa: E402
-from flash_inference.tiling import Relaxed  # noqa: E402
+from flash_inference.tiling import Blocked, Relaxed  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
@@ -287,7 +287,7 @@ def test_python_run_at_every_position_gives_the_same(family: str, latency: str) 
     decoder = GpuDecoder(model, 60, near=16, latency=latency)
     tokens = torch.tensor(list(GpuLoop(decoder, prompt, 49)))
     check_tokens(model, prompt, tokens)
-    tiling = None if latency == "bounded" else Relaxed(60)
+    tiling = Blocked(60) if not decoder.channels else None if latency == "bounded" else Relaxed(60)
     chosen = decode_gpu(decoder, prompt[None], lambda logits: logits.argmax(-1), 49, tiling)
     assert torch.equal(torch.cat(list(chosen)), tokens)
 

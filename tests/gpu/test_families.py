@@ -140,6 +140,14 @@ def test_all_ways_to_run_give_the_same_tokens(family: str) -> None:
     agree(model, prompt, reference[:300], relaxed)
 
 
+@pytest.mark.parametrize("family", ["h3-conv", "striped-hyena", "stu"])
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_nothing_is_read_before_it_is_written(family: str, nan_memory: None) -> None:
+    model, prompt = gpu_model(family), prompt_of(9)
+    tokens = run(GpuDecoder(model, 620), prompt, 600)
+    check_greedy(model, prompt, tokens)
+
+
 @families
 def test_rows_of_any_length_on_one_clock(family: str) -> None:
     model, new = gpu_model(family), 500

@@ -256,7 +256,7 @@ def decode_gpu(
     decoder: GpuDecoder, prompt: Tensor, choose: Callable[[Tensor], Tensor], max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
     """As `decode`, for choices made on the host: kernels are launched one by one."""
-    check_gpu_tiling(tiling)
+    check_gpu_tiling(decoder, tiling)
     loop = GpuLoop(decoder, prompt, max_new_tokens)
     try:
         tokens = choose(loop.logits.cpu())
@@ -272,7 +272,7 @@ def stream_gpu(
     decoder: GpuDecoder, prompt: Tensor, sampler: Sampler, max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
     """Tokens [B] of the rows of prompt [B, P], chosen on the device inside the graphs."""
-    check_gpu_tiling(tiling)
+    check_gpu_tiling(decoder, tiling)
     draw = None if sampler.sampling.plain else DeviceSampler(sampler, decoder.config.vocab_size, decoder.device)
     loop = GpuLoop(
         decoder, prompt, max_new_tokens, draw=None if draw is None else draw.draw,
@@ -281,7 +281,7 @@ def stream_gpu(
     return (torch.as_tensor(tokens.copy()) for tokens in loop)
 
 
-def check_gpu_tiling(tiling: Tiling | None) -> None:
-    """Raises TilingError for tilings that have no graphs."""
-    if tiling is not None and not isinstance(tiling, Relaxed):
+def check_gpu_tiling(decoder: GpuDecoder, tiling: Tiling | None) -> None:
+    """Raises TilingError for tilings that have no graphs; without long convolutions there is nothing to tile."""
+    if decoder.channels and tiling is not None and not isinstance(tiling, Relaxed):
         raise TilingError(f"got {tiling!r}; on a GPU generation runs on its own bounded tiling (None) or on Relaxed.")

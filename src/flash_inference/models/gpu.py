@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flash_inference.errors import LengthError, ModelError, PlanError
-from flash_inference.filters import ImplicitFilter
 from flash_inference.mixers.mixer import Moment
-from flash_inference.models.block import BlockPast, Convolutions
+from flash_inference.models.block import BlockPast
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_hyena import HyenaSteps
 from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplayed
+from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
@@ -57,7 +56,7 @@ class GpuRun:
     stamps: Tensor
 
 
-class Steps(Protocol):
+class GpuSteps(Protocol):
     """How single positions run: by kernels that know a family, or by the model's own modules."""
 
     def make(self, batch: int, shapes: BatchShapes | None) -> AnyStep:
@@ -101,31 +100,22 @@ class GpuDecoder:
         self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
         self.bounded, self.pricing, self.batch = latency == "bounded", pricing or Pricing(), batch
         self.device = next(model.parameters()).device
-        plain = unfused(model) is not None
+        fused = unfused(model) is None
         float32 = next(model.parameters()).dtype == torch.float32
-        self.exact = model if plain or float32 else copy.deepcopy(model).float()
-        groups = [group for block in self.exact.blocks for group in block.convolutions]
-        self._filters = [group.filter for group in groups]
-        self._firsts = [0, *accumulate(filter.channels for filter in self._filters)]
-        self.channels: int = self._firsts[-1]
-        self._lanes = _lanes([block.convolutions for block in self.exact.blocks])
+        self.exact = model if float32 or not fused else copy.deepcopy(model).float()
+        self.filters = filters = SideBySide([block.convolutions for block in self.exact.blocks], length, self.device)
+        self.channels, self.padded = filters.channels, filters.padded
         if self.device.type == "cuda":
             # Of two kernels that wait, the device starts the one of higher priority: steps before tiles.
             self.main = torch.cuda.Stream(priority=-5)
             self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
         with torch.inference_mode(False), torch.no_grad():
-            self._hidden: dict[tuple[int, int, int], Tensor] = {}
-            self.near = torch.empty(0, device=self.device)
             self.near = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
-            skips = [
-                self.near.new_zeros(g.filter.channels) if g.skip is None else g.skip.detach().float() for g in groups
-            ]
-            self.skip = torch.cat([self.near.new_empty(0), *skips])
-            settings = {"near": self.near, "diagonal": self.skip + self.near[0], "block": GRAPH}
-            self.steps: Steps = (
-                ModuleSteps(model, self._lanes, **settings)
-                if plain
-                else HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
+            settings = {"near": self.near, "diagonal": filters.skip + self.near[0], "block": GRAPH}
+            self.steps: GpuSteps = (
+                HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
+                if fused
+                else ModuleSteps(model, filters.lanes, **settings)
             )
             self.step = self.steps.make(1, None)
             self._made: dict[tuple[int, BatchShapes | None], AnyStep] = {}
@@ -166,50 +156,17 @@ class GpuDecoder:
         free = torch.cuda.mem_get_info(self.device)[0]
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         row = self.channels * self.batch * self.dtype.itemsize
-        own = self.batch * self.steps.pending_bytes(self.length + 2 * GRAPH)
-        left = free - own - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
+        state = (self.length + 2 * GRAPH + self.near_side) * row
+        state += self.batch * self.steps.pending_bytes(self.length + 2 * GRAPH)
+        left = free - state - (3 << 30)
         if left < 0:
             raise PlanError(
-                f"{self.length} positions need {(self.length * row + own) / 2**30:.1f} GiB of mixer state and 3 GiB "
-                f"for work; {free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
-                f"{max(0, free - own - (3 << 30)) // max(row, 1)} positions would fit, or twice as many with 16-bit "
-                "state."
+                f"{self.length} positions need {state / 2**30:.1f} GiB of mixer state and 3 GiB for work; "
+                f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
+                f"{max(0, free - (3 << 30)) * self.length // max(state, 1)} positions would fit, or twice as many "
+                "with 16-bit state."
             )
         return left
-
-    def taps(self, first: int, stop: int, channels: range) -> Tensor:
-        """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept.
-
-        Zeros behind the end of a filter.
-        """
-        parts = [self.near.new_zeros(0, stop - first)]
-        for number, (begin, end) in enumerate(pairwise(self._firsts)):
-            low, high = max(channels.start, begin), min(channels.stop, end)
-            if low < high:
-                last = max(first, min(stop, self._filters[number].length))
-                rho = self.near.new_zeros(high - low, stop - first)
-                if last > first:
-                    rho[:, : last - first] = self._some_taps(number, first, last, slice(low - begin, high - begin))
-                parts.append(rho)
-        return torch.cat(parts)
-
-    def _some_taps(self, number: int, first: int, stop: int, channels: slice) -> Tensor:
-        """Chunks of a large tile ask for a few channels of one filter after the other: the hidden layer is kept."""
-        filter = self._filters[number]
-        if not isinstance(filter, ImplicitFilter):
-            return filter.taps(stop - first, first, channels)
-        key = (number, first, stop)
-        if key not in self._hidden:
-            while len(self._hidden) > 1:
-                del self._hidden[next(iter(self._hidden))]
-            self._hidden[key] = filter.hidden(stop - first, first)
-        return filter.mixed(self._hidden[key], stop - first, first, channels)
-
-    def padded(self, first: int, stop: int, channels: range) -> Tensor:
-        """`taps`, with zeros from the end of the decoder's length on."""
-        last = max(first, min(stop, self.length))
-        rho = self.taps(first, last, channels) if last > first else self.near.new_zeros(len(channels), 0)
-        return torch.nn.functional.pad(rho, (0, stop - last)) if last < stop else rho
 
     def init(self, prompt: int, new: int, batch: int = 1) -> GpuRun:
         """Memory for `batch` prompts of up to `prompt` positions, and `new` positions after them."""
@@ -250,11 +207,11 @@ class GpuDecoder:
 
     def _mix(self, run: GpuRun, row: int, block: int, o: int, y: Tensor) -> Tensor:
         """A block's convolution of a whole prompt y [1, P, D], its inputs written and what they owe behind it added."""
-        lanes, given = self._lanes[block][o], y[0].float()
+        lanes, given = self.filters.lanes[block][o], y[0].float()
         history = run.history.unflatten(1, (self.channels, run.batch))[..., row]
         history[run.lead - len(given) : run.lead, lanes.start : lanes.stop] = given.to(self.dtype)
         z = self._causal(history[run.lead : run.rows], given, lanes.start, len(given))
-        return (z + self.skip[lanes.start : lanes.stop] * given)[None].to(y.dtype)
+        return (z + self.filters.skip[lanes.start : lanes.stop] * given)[None].to(y.dtype)
 
     def _causal(self, behind: Tensor, y: Tensor, first: int, P: int) -> Tensor:
         """What y [P, D] gives its own positions, returned, and the rows behind the prompt, added there."""
@@ -362,14 +319,3 @@ def positions(
         )  # fmt: skip
     if side and fork is not None:
         torch.cuda.current_stream().wait_event(fork.record_event())
-
-
-def _lanes(blocks: Sequence[Sequence[Convolutions]]) -> list[list[range]]:
-    """The channels of every convolution, block by block, all side by side."""
-    lanes, first = list[list[range]](), 0
-    for groups in blocks:
-        lanes.append([])
-        for group in groups:
-            lanes[-1] += [range(first + o * group.width, first + (o + 1) * group.width) for o in range(group.count)]
-            first += group.filter.channels
-    return lanes
