@@ -151,13 +151,12 @@ def main() -> None:
     start = time.perf_counter()
     made = len(list(loop))
     seconds = time.perf_counter() - start
-    floor = nbytes / max(speeds.values()) * 1e6
+    floor, steps = nbytes / max(speeds.values()) * 1e6, stats(loop, GRAPH)
     row: dict[str, object] = {"name": "striped", "layers": layers, "pattern": list(model.config.pattern), "batch": 1}
     row |= {"width": model.config.width, "tokens": made, "weight_bytes": nbytes, "floor_us": floor}
     row |= {"copy_bytes_per_s": speeds["copy"], "read_bytes_per_s": speeds["read"], "seconds": seconds}
-    row |= {"us_per_token": seconds / made * 1e6} | stats(loop, GRAPH) | answer
+    row |= {"us_per_token": seconds / made * 1e6, "share_of_floor": floor / steps["median_us"]} | steps | answer
     row |= {"published_step_us": PUBLISHED_STEP_US, "peak_bytes": torch.cuda.max_memory_allocated()}
-    row |= {"share_of_floor": floor / float(str(row["median_us"]))}
     row |= {"commit": args.commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     row |= {"date": time.strftime("%Y-%m-%d")}
     args.out.mkdir(parents=True, exist_ok=True)

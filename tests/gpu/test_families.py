@@ -173,7 +173,7 @@ def test_logits_of_given_tokens(family: str) -> None:
     exact = twin(model, torch.float64)(tokens[None].to(CUDA))[0, 299:].cpu()
     rounded = twin(model, torch.float32)(tokens[None].to(CUDA))[0, 299:].cpu()
     loop = GpuLoop(GpuDecoder(model, 340), tokens[:300], 41)
-    got = torch.cat([loop.logits.cpu(), *(loop.advance(tokens[i : i + 1]) for i in range(300, 340))])
+    got = torch.cat([loop.logits.cpu(), *(loop.advance(tokens[i : i + 1]).clone() for i in range(300, 340))])
     loop.close()
     assert (got - exact).abs().max() <= FACTOR * (rounded - exact).abs().max()
 
