@@ -16,7 +16,7 @@ from flash_inference.engine.sampling import DeviceSampler, Sampler
 from flash_inference.errors import LengthError, NumericsError, TilingError
 from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
 from flash_inference.ops.tile_conv.triton import tile_rows
-from flash_inference.tiling import Rectangle, Relaxed, Separated, Tiling
+from flash_inference.tiling import Rectangle, Relaxed, Tiling
 from flash_inference.tiling.schedule import Chunk, Schedule
 
 AHEAD = 8
@@ -59,7 +59,8 @@ class GpuLoop:
         self.first = first.cpu().numpy()
         self._embed(first)
         span = self.run.rows - self.run.lead
-        self.tiling = Separated(span, near=decoder.near_side, block=GRAPH) if decoder.bounded else Relaxed(span)
+        self.groups = decoder.groups(span)
+        self.tiling = self.groups.tilings[0] if decoder.bounded else Relaxed(span)
         self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
         self.count = span // GRAPH
         self.launched = self.position = 0
@@ -187,20 +188,24 @@ class GpuLoop:
         sides = [len(tile.sources) for tile in self.tiling.after(n - 1) if not tile.slack]
         return max((side for side in sides if side <= self.decoder.near_side), default=0)
 
+    def _chunks(self, n: int) -> list[Chunk]:
+        """The chunks of the large tiles that become ready when n positions are known."""
+        tiles = self.groups.after(n) if self.mixing else ()
+        cut = self.pricing.cut
+        return [chunk for size, tile, some in tiles for chunk in cut(size, tile, some, GRAPH, self.batch)]
+
     def _large(self, n: int) -> list[Rectangle]:
-        """The large tiles that become ready when n positions are known."""
+        """The large Relaxed squares that become ready when n positions are known."""
         if n <= 0 or not self.mixing:
             return []
-        if self.decoder.bounded:
-            return [tile for tile in self.tiling.after(n - 1) if tile.slack]
         return [tile for tile in self.tiling.after(n - 1) if len(tile.sources) > self.decoder.near_side]
 
     def _boundary_now(self, n: int) -> None:
-        for tile in self._large(n):
-            if self.decoder.bounded:
-                for chunk in self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch):
-                    self._pay(chunk)
-            else:
+        if self.decoder.bounded:
+            for chunk in self._chunks(n):
+                self._pay(chunk)
+        else:
+            for tile in self._large(n):
                 self._pay_square(tile)
 
     def _boundary(self, n: int) -> None:
@@ -208,15 +213,13 @@ class GpuLoop:
 
         `late` counts chunks that were handed over at the very boundary that needs them.
         """
-        large = self._large(n)
         if not self.decoder.bounded:
-            for tile in large:
-                self._pay_square(tile)
+            self._boundary_now(n)
             return
-        if large or self.schedule:
+        chunks = self._chunks(n)
+        if chunks or self.schedule:
             self.back.wait_event(self.main.record_event())
-        for tile in large:
-            self.schedule.add(self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch))
+        self.schedule.add(chunks)
         released = self.schedule.release(n)
         if released:
             self.late += sum(chunk.due <= n for chunk in released)
@@ -231,14 +234,13 @@ class GpuLoop:
 
     def _pay(self, chunk: Chunk) -> None:
         rows = self.run.history[self.run.lead :]
-        self.decoder.ffts[chunk.size].pay(rows, chunk.row, chunk.blocks, chunk.targets, chunk.channels, self.batch)
+        self.decoder.ffts[chunk.size].pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch)
 
     def _pay_square(self, tile: Rectangle) -> None:
-        """A Relaxed square at once, a layer at a time: smaller workspace at hardly any cost."""
-        size = len(tile.sources)
-        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[size]
-        for cut in self.decoder.widths(size, self.batch):
-            fft.pay(rows, tile.sources.stop, 1, tile.targets, cut, self.batch)
+        """A Relaxed square at once."""
+        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[len(tile.sources)]
+        for some in self.decoder.pieces(self.batch):
+            fft.pay(rows, tile.sources, tile.targets, some, self.batch)
 
     def _graph(self, side: int) -> torch.cuda.CUDAGraph:
         if side not in self._captured:

@@ -20,7 +20,7 @@ from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.triton import tile_rows
-from flash_inference.tiling.schedule import Pricing
+from flash_inference.tiling.schedule import Groups, Pricing
 from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
@@ -97,14 +97,12 @@ class GpuDecoder:
         budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
         size = near
-        top = next_power(length) // (4 if self.bounded else 2)
-        while size <= top:
-            self.ffts[size] = fft = TileFFT(size, self.padded)
-            ks, cost = ((1, 2) if self.bounded else (0,)), self.channels * (size + 1) * 8
-            if len(ks) * cost <= budget:
-                budget -= len(ks) * cost
-                for k in ks:
-                    fft.prepare(k, self.channels, config.width)
+        while size <= next_power(length) // 2:
+            self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
+            cost = self.channels * (size + 1) * 8
+            if cost <= budget:
+                budget -= cost
+                fft.prepare(self.channels, config.width)
             size *= 2
         self._warmed: set[int] = set()
         if batch == 1:
@@ -224,12 +222,23 @@ class GpuDecoder:
             rows += later.to(self.dtype)
         return out
 
-    def widths(self, size: int, batch: int) -> list[range]:
-        """The channels of each chunk of a tile of that size."""
-        if self.bounded:
-            return self.pricing.widths(size, self.channels, batch)
+    def pieces(self, batch: int) -> list[range]:
+        """The channels of each part of a Relaxed square: about a layer's, for smaller workspace at hardly any cost."""
         width = max(2, self.config.width // batch // 2 * 2)
         return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
+
+    def groups(self, span: int) -> Groups:
+        """Which channels pay which large tiles when, over so many positions behind a prompt."""
+        return Groups(span, self.near_side, GRAPH, self.channels)
+
+    def _cuts(self, batch: int) -> set[tuple[int, int]]:
+        """(size, channels) of all chunks of a run of the decoder's length."""
+        if not self.bounded:
+            return {(size, len(piece)) for size in self.ffts for piece in self.pieces(batch)}
+        groups = self.groups(self.length)
+        tiles = {(size, len(cut)) for n in range(0, self.length, self.near_side) for size, _, cut in groups.after(n)}
+        widths = self.pricing.widths
+        return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), batch)}
 
     def _warm(self, step: GpuStep | GpuBatchStep, batch: int) -> None:
         """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
@@ -246,11 +255,9 @@ class GpuDecoder:
             positions(self, step, run, 0, None)
         if batch not in self._warmed:
             self._warmed.add(batch)
-            for size, fft in self.ffts.items():
-                for channels in {len(cut) for cut in self.widths(size, batch)}:
-                    with torch.cuda.stream(self.back if self.bounded else self.main):
-                        for blocks in (1, 2):
-                            fft.warm(run.history, blocks, channels, batch)
+            with torch.cuda.stream(self.back if self.bounded else self.main):
+                for size, channels in sorted(self._cuts(batch)):
+                    self.ffts[size].warm(run.history, channels, batch)
         torch.cuda.synchronize()
 
 
