@@ -46,7 +46,7 @@ class Groups:
         most = max(1, min(GROUPS, channels // FEWEST, next_power(span) // near))
         bits = most.bit_length() - 1
         width = -(-channels // (1 << bits))
-        self.width = width + width % 2
+        self.width = -(-width // (8 if width >= 8 else 2)) * (8 if width >= 8 else 2)
         self.tilings = [Staggered(span, near, block, _reversed(group, bits)) for group in range(1 << bits)]
 
     @property

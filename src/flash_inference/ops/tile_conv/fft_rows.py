@@ -18,18 +18,26 @@ from flash_inference.errors import ShapeError
 def pack(history: Tensor, start: int, n: int, channels: range, out: Tensor) -> None:
     """out[c, :n] = history[start : start + n, channels[c]] in float32, then zeros; history [rows, C]."""
     grid = (triton.cdiv(out.shape[1], 64), triton.cdiv(len(channels), 64))
+    unit = _unit(channels.start, len(channels))
     _pack[grid](
-        history, out, start, n, channels.start, len(channels), out.shape[1], history.shape[1], num_warps=8, SIDE=64
-    )
+        history, out, start, n, channels.start // unit, len(channels) // unit, out.shape[1], history.shape[1],
+        num_warps=8, SIDE=64, UNIT=unit,
+    )  # fmt: skip
 
 
 def unpack_add(sums: Tensor, skip: int, history: Tensor, start: int, n: int, channels: range) -> None:
     """history[start + j, channels[c]] += sums[c, skip + j] for j < n."""
     grid = (triton.cdiv(n, 64), triton.cdiv(len(channels), 64))
+    unit = _unit(skip, n, channels.start, len(channels))
     _unpack_add[grid](
-        sums, history, skip, start, n, channels.start, len(channels), sums.shape[1], history.shape[1], num_warps=8,
-        SIDE=64,
+        sums, history, skip // unit, start, n // unit, channels.start // unit, len(channels) // unit, sums.shape[1],
+        history.shape[1], num_warps=8, SIDE=64, UNIT=unit,
     )  # fmt: skip
+
+
+def _unit(*numbers: int) -> int:
+    """What all numbers are multiples of, 4 or 1: kernels know that much, to move neighbours at once, and no more."""
+    return 1 if any(number % 4 for number in numbers) else 4
 
 
 def multiply(y: Tensor, rho: Tensor, batch: int = 1) -> None:
@@ -93,7 +101,10 @@ class TileFFT:
         unpack_add(torch.fft.irfft(y, n=n), self.size, history, 0, some, lanes)
 
 
-@triton.jit
+# What differs from chunk to chunk is not specialised: to compile a kernel anew stops a run for a tenth of a second.
+
+
+@triton.jit(do_not_specialize=["n"])
 def _multiply(y, rho, n, places, SIZE: tl.constexpr, BATCH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     pair = 2 * at[:, None] + tl.arange(0, 2)[None, :]
@@ -106,8 +117,9 @@ def _multiply(y, rho, n, places, SIZE: tl.constexpr, BATCH: tl.constexpr):
     tl.store(y + pair, tl.join(a * c - b * d, a * d + b * c), inside)
 
 
-@triton.jit(do_not_specialize=["start"])
-def _pack(history, out, start, n, first, count, places, C, SIDE: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "n", "first", "count"])
+def _pack(history, out, start, n, first, count, places, C, SIDE: tl.constexpr, UNIT: tl.constexpr):
+    first, count = first * UNIT, count * UNIT
     time = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
     lane = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     at = (start + time).to(tl.int64)[:, None] * C + (first + lane)[None, :]
@@ -116,8 +128,11 @@ def _pack(history, out, start, n, first, count, places, C, SIDE: tl.constexpr):
     tl.store(out + to, tl.trans(tile), (lane < count)[:, None] & (time < places)[None, :])
 
 
-@triton.jit(do_not_specialize=["start"])
-def _unpack_add(sums, history, skip, start, n, first, count, places, C, SIDE: tl.constexpr):
+@triton.jit(do_not_specialize=["skip", "start", "n", "first", "count"])
+def _unpack_add(
+    sums, history, skip, start, n, first, count, places, C, SIDE: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    skip, n, first, count = skip * UNIT, n * UNIT, first * UNIT, count * UNIT
     time = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
     lane = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     known = (lane < count)[:, None] & (time < n)[None, :]
