@@ -348,7 +348,7 @@ def test_a_run_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 80 << 30))
-    with pytest.raises(PlanError, match=r"300 positions need .* GiB of mixer state"):
+    with pytest.raises(PlanError, match=r"1 x 300 positions need .* GiB of mixer state"):
         GpuDecoder(model, 300)
     with pytest.raises(PlanError):
         fi.generate(model, prompt_of(5), max_new_tokens=300)

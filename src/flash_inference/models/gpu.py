@@ -11,25 +11,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flash_inference.errors import LengthError, ModelError, PlanError
+from flash_inference.errors import LengthError, ModelError
 from flash_inference.filters import ImplicitFilter
 from flash_inference.mixers.mixer import Moment
 from flash_inference.models.fused import layer_weights, unfused
+from flash_inference.models.gpu_memory import (
+    GRAPH,
+    NEAR,
+    GpuBytes,
+    GpuRunShape,
+    GpuShape,
+    fits_bfloat16,
+    fitted,
+    free_on,
+    gpu_bytes,
+    points_at_once,
+)
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
+from flash_inference.ops.tile_conv import measured
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Groups, Pricing
-from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
-
-GRAPH = 16
-"""Positions a graph; pairs inside them are inline."""
-NEAR = 256
-"""Largest side that is paid at once."""
 
 
 @dataclass
@@ -54,21 +61,30 @@ class GpuRun:
 class GpuDecoder:
     """A LanguageModel made ready to decode up to `length` positions of up to `batch` sequences at once on its GPU.
 
-    Matrices are streamed as bfloat16 where that changes no value, and as they are otherwise; activations, mixer state
-    and sums are float32. `spectra_bytes` bounds the stored filter spectra; larger sides are transformed when needed.
+    Matrices are streamed as bfloat16 where that changes no value, and as they are otherwise; activations and sums are
+    float32, and so is the mixers' history unless `dtype` is 16 bits. `near` is the largest side that is paid at once,
+    by default what `flash-inference tune` measured on this device. `spectra_bytes` bounds the stored filter spectra (by
+    default what the device has left beside a run after `prompt` positions); larger sides are transformed when needed.
+    Raises PlanError, before anything is allocated, if a run cannot fit: see `plan`, the bytes by what they are for.
     """
 
     def __init__(
         self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
-        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded", batch: int = 1,
+        spectra_bytes: int | None = None, near: int | None = None, latency: str = "bounded", batch: int = 1,
         dtype: torch.dtype = torch.float32, pricing: Pricing | None = None, batch_shapes: BatchShapes | None = None,
+        prompt: int = 1,
     ) -> None:  # fmt: skip
         config = model.config
         if length > config.length:
             raise LengthError(f"{length} positions were asked for; this model's filter allows {config.length}.")
-        self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
+        self.model, self.config, self.length, self.dtype = model, config, length, dtype
         self.bounded, self.pricing, self.batch = latency == "bounded", pricing or Pricing(), batch
         self.device = next(model.parameters()).device
+        self.shape = GpuShape.of(model)
+        self.near_side = near = near or tuned_near(self.device, batch, self.shape.channels)
+        self.room = GpuRunShape(length, prompt, batch, dtype, near, self.bounded, self.pricing)
+        self.plan = self._planned(spectra_bytes)
+        self.points = points_at_once(self.shape.channels, length)
         if pdl is None:
             pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         float32 = next(model.parameters()).dtype == torch.float32
@@ -94,16 +110,11 @@ class GpuDecoder:
             self._batched = partial(GpuBatchStep, *parts, **settings)
             self._batch_steps: dict[tuple[int, BatchShapes], GpuBatchStep] = {}
             self._batch_shapes = batch_shapes
-        budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
-        size = near
-        while size <= next_power(length) // 2:
+        for size in self.room.sides:
             self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
-            cost = self.channels * (size + 1) * 8
-            if cost <= budget:
-                budget -= cost
-                fft.prepare(self.channels, config.width)
-            size *= 2
+            if size in self.plan.kept:
+                fft.prepare(self.channels, max(1, min(self.points // (2 * size), config.width)))
         self._warmed: set[int] = set()
         if batch == 1:
             self._warm(self.step, 1)
@@ -120,24 +131,20 @@ class GpuDecoder:
                 self._warm(self._batch_steps[key], batch)
         return self._batch_steps[key].fork()
 
-    def _budget(self) -> int:
-        """Bytes for stored spectra: what the device has left beside the runs' state and 3 GiB for work.
-
-        Raises PlanError if the state alone does not fit.
-        """
+    def _planned(self, spectra_bytes: int | None) -> GpuBytes:
+        """The bytes of a run, and which spectra are kept; off a GPU, a GiB of them."""
         if self.device.type != "cuda":
-            return 1 << 30
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        row = self.channels * self.batch * self.dtype.itemsize
-        left = free - (self.length + 2 * GRAPH + self.near_side) * row - (3 << 30)
-        if left < 0:
-            raise PlanError(
-                f"{self.length} positions need {self.length * row / 2**30:.1f} GiB of mixer state and 3 GiB for work; "
-                f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
-                f"{max(0, (free - (3 << 30)) // row)} positions would fit, or twice as many with 16-bit state."
-            )
-        return left
+            return gpu_bytes(self.shape, self.room, 1 << 30 if spectra_bytes is None else spectra_bytes)
+        plan = fitted(self.shape, self.room, free_on(self.device), torch.cuda.get_device_name(self.device))
+        return plan if spectra_bytes is None else gpu_bytes(self.shape, self.room, spectra_bytes)
+
+    def serves(self, length: int, batch: int, prompt: int) -> bool:
+        """Whether such a run fits this decoder, and the memory that is free beside it."""
+        if self.length < length or self.batch < batch:
+            return False
+        run = replace(self.room, length=length, batch=batch, prompt=prompt)
+        needs = gpu_bytes(self.shape, run, self.plan.spectra)
+        return self.device.type != "cuda" or needs.state + needs.workspace <= free_on(self.device)
 
     def taps(self, first: int, stop: int, channels: range) -> Tensor:
         """Taps first .. stop - 1 of some channels as float32 [c, stop - first]: evaluated now, never kept."""
@@ -208,7 +215,7 @@ class GpuDecoder:
         total = min(self.length, P + len(behind))
         n = 1 << (2 * P + len(behind) - 1).bit_length() if P > 1 else 1
         out = torch.empty_like(y)
-        width = max(1, min(y.shape[1], (1 << 26) // total)) if P == 1 else max(1, (1 << 26) // n)
+        width = max(1, min(y.shape[1], self.points // (total if P == 1 else n)))
         for c in range(0, y.shape[1], width):
             cut = slice(c, min(c + width, y.shape[1]))
             rho = self.padded(0, total, range(first + cut.start, first + cut.stop))
@@ -223,22 +230,12 @@ class GpuDecoder:
         return out
 
     def pieces(self, batch: int) -> list[range]:
-        """The channels of each part of a Relaxed square: about a layer's, for smaller workspace at hardly any cost."""
-        width = max(2, self.config.width // batch // 2 * 2)
-        return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
+        """The channels of each part of a Relaxed square."""
+        return replace(self.room, batch=batch).pieces(self.channels, self.config.width)
 
     def groups(self, span: int) -> Groups:
         """Which channels pay which large tiles when, over so many positions behind a prompt."""
-        return Groups(span, self.near_side, GRAPH, self.channels)
-
-    def _cuts(self, batch: int) -> set[tuple[int, int]]:
-        """(size, channels) of all chunks of a run of the decoder's length."""
-        if not self.bounded:
-            return {(size, len(piece)) for size in self.ffts for piece in self.pieces(batch)}
-        groups = self.groups(self.length)
-        tiles = {(size, len(cut)) for n in range(0, self.length, self.near_side) for size, _, cut in groups.after(n)}
-        widths = self.pricing.widths
-        return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), batch)}
+        return self.room.groups(span, self.channels)
 
     def _warm(self, step: GpuStep | GpuBatchStep, batch: int) -> None:
         """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
@@ -256,7 +253,7 @@ class GpuDecoder:
         if batch not in self._warmed:
             self._warmed.add(batch)
             with torch.cuda.stream(self.back if self.bounded else self.main):
-                for size, channels in sorted(self._cuts(batch)):
+                for size, channels in sorted(replace(self.room, batch=batch).cuts(self.channels, self.config.width)):
                     self.ffts[size].warm(run.history, channels, batch)
         torch.cuda.synchronize()
 
@@ -273,20 +270,29 @@ def unusable(weight: Tensor) -> str | None:
     return None
 
 
-def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1) -> GpuDecoder:
-    """The model made ready for `batch` sequences of `length` positions.
+def tuned_near(device: torch.device, batch: int, channels: int) -> int:
+    """The largest side to pay at once: as `flash-inference tune` measured it on this GPU, or NEAR."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return max(GRAPH, measured().crossover_on(name, batch, channels) or NEAR)
+
+
+def gpu_decoder(
+    model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1, prompt: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> GpuDecoder:  # fmt: skip
+    """The model made ready for `batch` sequences of `length` positions, the first `prompt` of them given.
 
     Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that these kernels do
-    not know.
+    not know, PlanError if the run does not fit.
     """
     reason = unfused(model)
     if reason is not None:
         raise ModelError(f"the GPU's kernels cannot run this model: {reason}. Decode with model.decoder(length).")
-    version = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    key = tuple((p.data_ptr(), p._version) for p in model.parameters()), latency, dtype
     kept = getattr(model, "_gpu_decoder", None)
-    if kept is None or kept[0] != (version, latency) or kept[1].length < length or kept[1].batch < batch:
-        model._gpu_decoder = None  # type: ignore[assignment]
-        kept = ((version, latency), GpuDecoder(model, length, latency=latency, batch=batch))
+    if kept is None or kept[0] != key or not kept[1].serves(length, batch, prompt):
+        kept = model._gpu_decoder = None  # type: ignore[assignment]
+        kept = key, GpuDecoder(model, length, latency=latency, batch=batch, dtype=dtype, prompt=prompt)
         model._gpu_decoder = kept  # type: ignore[assignment]
     return kept[1]
 
@@ -323,8 +329,7 @@ def positions(
 
 def _narrow(weight: Tensor) -> Tensor:
     """The same values as bfloat16 if none changes."""
-    narrow = weight.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
+    return weight.to(torch.bfloat16) if fits_bfloat16(weight) else weight.contiguous()
 
 
 def _streamed(layer: LayerWeights) -> LayerWeights:
