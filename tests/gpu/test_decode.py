@@ -203,6 +203,24 @@ def test_tokens_chosen_on_the_host(latency: str) -> None:
         agree(model, prompt[row], run(decoder, prompt[row], 1000), tokens[row])
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+def test_graphs_of_one_position_change_no_bit(batch: int, latency: str) -> None:
+    """Every offset and every side, over 600 given positions."""
+    model, prompts = gpu_model(3), list(torch.randint(1000, (batch, 21)))
+    decoder = GpuDecoder(model, 700, latency=latency, batch=batch, near=128)
+    given = torch.randint(1000, (600, batch))
+    logits = []
+    for graphs in (True, False):
+        loop = GpuLoop(decoder, prompts, 601, graphs=graphs)
+        logits.append(torch.stack([loop.advance(tokens) for tokens in given]))
+        assert len(loop._captured) >= (GRAPH + 3 if graphs else 0)
+        assert graphs or not loop._captured
+        loop.close()
+    assert torch.equal(*logits)
+    assert torch.isfinite(logits[0]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
     model, prompt = gpu_model().to(dtype), prompt_of(12)

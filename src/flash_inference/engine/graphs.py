@@ -65,7 +65,7 @@ class GpuLoop:
         self.count = span // GRAPH
         self.launched = self.position = 0
         self.late = 0
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[int | None, int], torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
             self.main, self.side, self.back = decoder.main, decoder.side, decoder.back
             self._ends: list[tuple[int, Any]] = []
@@ -90,23 +90,36 @@ class GpuLoop:
         self.step.start(self.decoder.exact.embedding.weight[tokens])
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host."""
+        """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host.
+
+        Each position of a block of 16 is a graph of its own. The first block is launched kernel by kernel, so that all
+        are loaded when the second captures them: short runs capture nothing.
+        """
         n, offset = divmod(self.position, GRAPH)
         self.position += 1
-        run, stream = self.run, torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext()
-        with stream:
+        side = self._side((n + 1) * GRAPH) if offset + 1 == GRAPH else 0
+        with torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext():
             if not offset:
                 (self._boundary if self.device.type == "cuda" else self._boundary_now)(n * GRAPH)
-            self._embed(tokens.to(self.device))
-            last = offset + 1 == GRAPH
-            side = self._side((n + 1) * GRAPH) if last else 0
-            self.step.forward(run.history, run.pending, run.clock, offset)
-            if side:
-                sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
-                tile_rows(run.history, self.decoder.near, sources, targets, run.clock, self.batch)
-            if last:
-                run.clock += GRAPH
+            self.step.token.copy_(tokens)
+            if self.graphs and n and self.device.type == "cuda":
+                self._graph((offset, side), lambda: self._one(offset, side)).replay()
+            else:
+                self._one(offset, side)
             return self.step.logits.view(self.batch, -1).cpu()
+
+    def _one(self, offset: int, side: int) -> None:
+        """One position whose tokens are given: embedded by the kernel that the graphs of 16 end with, then run."""
+        run, step = self.run, self.step
+        step.embed(
+            run.clock, run.tokens, run.host_tokens, run.stamps, offset, last=False, greedy=False, pdl=False
+        )  # fmt: skip
+        step.forward(run.history, run.pending, run.clock, offset)
+        if side:
+            sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
+            tile_rows(run.history, self.decoder.near, sources, targets, run.clock[1:], self.batch)
+        if offset + 1 == GRAPH:
+            run.clock += GRAPH
 
     def close(self) -> None:
         """Waits for what the device still does on this sequence's memory."""
@@ -118,7 +131,7 @@ class GpuLoop:
         if self.device.type == "cuda" and self.graphs:
             with torch.cuda.stream(self.main):
                 for side in sorted({self._side(n * GRAPH) for n in range(1, self.count + 1)}):
-                    self._graph(side)
+                    self._sixteen(side)
 
     def pace(self) -> None:
         """Waits until no more than AHEAD graphs are in flight, for callers who do not read the tokens."""
@@ -176,7 +189,7 @@ class GpuLoop:
                     self._boundary(n)
                 side = self._side(n + GRAPH)
                 if self.graphs:
-                    self._graph(side).replay()
+                    self._sixteen(side).replay()
                 else:
                     positions(self.decoder, self.step, self.run, side, self.side, self.draw)
         self.launched += 1
@@ -242,16 +255,22 @@ class GpuLoop:
         for some in self.decoder.pieces(self.batch):
             fft.pay(rows, tile.sources, tile.targets, some, self.batch)
 
-    def _graph(self, side: int) -> torch.cuda.CUDAGraph:
-        if side not in self._captured:
+    def _sixteen(self, side: int) -> torch.cuda.CUDAGraph:
+        return self._graph(
+            (None, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
+        )
+
+    def _graph(self, key: tuple[int | None, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of an offset (None: all of them) and the side behind it, captured when it is first asked for."""
+        if key not in self._captured:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
             with torch.cuda.graph(graph, stream=self.main):
-                positions(self.decoder, self.step, self.run, side, self.side, self.draw)
-            self._captured[side] = graph
-        return self._captured[side]
+                launch()
+            self._captured[key] = graph
+        return self._captured[key]
 
 
 def decode_gpu(
