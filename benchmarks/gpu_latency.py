@@ -9,6 +9,7 @@ first 16 are left out. `quantiles` are (share of steps that are slower, microsec
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def main() -> None:
             row["same_tokens"] = int((made == first).sum())
         first = made if first is None else first
         rows.add(row)
+        gc.collect()
         torch.cuda.empty_cache()
 
 

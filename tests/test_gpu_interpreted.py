@@ -22,7 +22,9 @@ from flash_inference import FilterConfig, LanguageModel  # noqa: E402
 from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
 from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
 from flash_inference.errors import LengthError, NumericsError, ShapeError, TilingError  # noqa: E402
+from flash_inference.models import hyena  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
+from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
@@ -313,6 +315,35 @@ def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+def stored_forward(model: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float64 forward whose mixers read inputs, and keep sums, rounded once to `dtype`."""
+
+    def rounded(y: Tensor, rho: Tensor) -> Tensor:
+        stored = y.to(dtype).to(y.dtype)
+        past = causal_conv(stored, rho) - rho[..., :1] * stored
+        return past.to(dtype).to(y.dtype) + rho[..., :1] * y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hyena, "causal_conv", rounded)
+        return exact_model(model)(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=["bf16", "f16"])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=slow)])
+def test_a_history_of_16_bits_errs_as_its_rounding(dtype: torch.dtype, batch: int) -> None:
+    """A sum is rounded once for every tile that adds to it: by squares, by FFT, and by the prompt."""
+    model, new = model_of(length=120), 38
+    tokens = torch.randint(29, (batch, 5 + new))
+    exact = exact_model(model)(tokens)
+    bound = FACTOR * (stored_forward(model, tokens, dtype) - exact).abs().max()
+    decoder = GpuDecoder(model, 80, near=16, shapes=FEW, batch=batch, batch_shapes=SMALL, dtype=dtype)
+    loop = GpuLoop(decoder, list(tokens[:, :5]), new)
+    assert loop.run.history.dtype == dtype
+    got = [loop.logits.clone(), *(loop.advance(tokens[:, i]).clone() for i in range(5, 5 + new - 1))]
+    error = (torch.stack(got, dim=1) - exact[:, 4:-1]).abs().max()
+    assert tolerance(model, tokens, exact) < error <= bound
+
+
 def greedy(model: LanguageModel, prompt: Tensor, new: int, *, latency: str = "bounded", near: int = 16) -> Tensor:
     decoder = GpuDecoder(model, len(prompt) + new - 1, near=near, latency=latency, shapes=FEW)
     return torch.tensor(list(GpuLoop(decoder, prompt, new)))
@@ -458,6 +489,7 @@ def test_a_decoder_is_kept_while_it_serves() -> None:
     other = gpu_decoder(model, 20)
     assert other is not kept
     assert gpu_decoder(model, 20, "relaxed") is not other
+    assert gpu_decoder(model, 20, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -51,6 +53,15 @@ def test_parts_are_what_is_allocated(
     ]
     assert made.weights == sum(weight.nbytes for weight in [*streamed, decoder.step.head_weight])
     assert made.weights > 0
+
+
+def test_a_decoder_that_no_longer_serves_is_freed_before_the_next() -> None:
+    gpu = pytest.importorskip("flash_inference.models.gpu")
+    model = random_model(2, length=1000)
+    kept = weakref.ref(gpu.gpu_decoder(model, 600))
+    assert gpu.gpu_decoder(model, 500, prompt=300) is kept()
+    assert gpu.gpu_decoder(model, 700).length == 700
+    assert kept() is None
 
 
 def test_weights_that_bfloat16_cannot_hold_are_not_copied() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flash_inference.cli.console import CommandError, Meter, size, write, write_json, write_table
-from flash_inference.cli.options import Json, Model, Tokens
+from flash_inference.cli.options import Json, Model, StateDtype, Tokens, state_dtype_of
 from flash_inference.cli.tilings import SPREAD, build
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 COMPARED = ("lazy", "eager", "epoched", "relaxed", "blocked", SPREAD)
 PARTS = ("state", "filters", "spectra", "workspace", "activations", "total")
 GPU_PARTS = ("state", "weights", "filters", "spectra", "workspace", "graphs", "total")
-STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def plan(
@@ -37,9 +36,7 @@ def plan(
         float | None,
         typer.Option(metavar="GB", help="Memory to plan for, the model's own included. Default: what is free."),
     ] = None,
-    state_dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help=f"How histories are stored: {', '.join(STATE_DTYPES)}.")
-    ] = None,
+    state_dtype: StateDtype = None,
     json: Json = False,
 ) -> None:
     """Tell how a model decodes, and the memory and the work of a run, before anything is allocated.
@@ -85,9 +82,7 @@ def _planned(model: LanguageModel, device: str, room: int | None, state_dtype: s
     from flash_inference.engine.plan import plan as memory
     from flash_inference.engine.plan_gpu import plan_gpu
 
-    if state_dtype is not None and state_dtype not in STATE_DTYPES:
-        raise CommandError(f"--state-dtype is {state_dtype!r}; expected one of {', '.join(STATE_DTYPES)}.")
-    settings["state_dtype"] = None if state_dtype is None else getattr(torch, state_dtype)
+    settings["state_dtype"] = state_dtype_of(state_dtype)
     if device == "cpu":
         return memory(model, **settings)
     if device != "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -292,6 +293,7 @@ def gpu_decoder(
     kept = getattr(model, "_gpu_decoder", None)
     if kept is None or kept[0] != key or not kept[1].serves(length, batch, prompt):
         kept = model._gpu_decoder = None  # type: ignore[assignment]
+        gc.collect()  # tiles hold their decoder, which holds them: its spectra are not freed before
         kept = key, GpuDecoder(model, length, latency=latency, batch=batch, dtype=dtype, prompt=prompt)
         model._gpu_decoder = kept  # type: ignore[assignment]
     return kept[1]
