@@ -18,7 +18,7 @@ import flash_inference as fi
 from flash_inference.engine.decode import decode, decoder_for, default_tiling
 from flash_inference.models.decoder import Decoder
 from flash_inference.testing import random_model
-from rows import RESULTS, gpu_origin, provenance, write
+from rows import RESULTS, Rows, gpu_origin, provenance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 START = torch.tensor([[1]])
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--quick", action="store_true", help="200 tokens")
     args = parser.parse_args()
-    tokens, rows = 200 if args.quick else args.tokens, list[dict[str, object]]()
+    tokens = 200 if args.quick else args.tokens
+    rows = Rows("state_dtype", args.out, gpu_origin() if args.device == "cuda" else provenance())
     for name, model in models(tokens).items():
         given = fi.generate(model, START, max_new_tokens=tokens, temperature=1.0, seed=0, stop_tokens=())[0]
         exact = copy.deepcopy(model).double()(torch.cat([START[0], given[:-1]])[None])[0]
@@ -69,12 +70,9 @@ def main() -> None:
             row |= {"mean_relative_error": float(error.mean()), "worst_relative_error": float(error.max())}
             row |= {"last_quarter_error": float(error[-tokens // 4 :].mean())}
             row |= {"other_tokens": int((found.argmax(-1) != exact.argmax(-1)).sum())}
-            rows.append(row | {"state_bytes": state_bytes(model.cpu(), tokens + 1, dtype)})
-            print(rows[-1], flush=True)
-    origin = gpu_origin() if args.device == "cuda" else provenance()
-    write("state_dtype", [row | origin for row in rows], args.out)
+            rows.add(row | {"state_bytes": state_bytes(model.cpu(), tokens + 1, dtype)})
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
+    with torch.no_grad():
         main()
