@@ -26,7 +26,7 @@ START = torch.tensor([[1]])
 
 def models(tokens: int) -> dict[str, fi.LanguageModel]:
     """By name: what ships, and 4 layers of width 256 with random weights."""
-    random = random_model(2, layers=4, width=256, vocab_size=1000, length=tokens + 1, tied=False)
+    random = random_model(2, layers=4, width=256, vocab_size=1000, length=tokens + 1, tied=False, seed=0)
     return {"shakespeare": fi.load("shakespeare"), "tuberculosis": fi.load("tuberculosis"), "random 4 x 256": random}
 
 
