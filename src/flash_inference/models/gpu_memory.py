@@ -168,7 +168,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
 
     The most at one time is the largest of three: spectra being made, kernels being tried on scratch, and the run.
     """
-    C, B, hidden = shape.channels, run.batch, 4 * shape.hidden
+    C, B = shape.channels, run.batch
     near_taps = 4 * C * (2 * run.near + 1)
     kept, used = list[int](), 0
     for size in run.sides:
@@ -181,7 +181,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
     tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, 48)
-    at_once = max(_prefill(shape, run), 2 * hidden * run.length + _tile(shape, run, kept, 40))
+    at_once = max(_prefill(shape, run), _tile(shape, run, kept, 40))
     if B > 1:
         made = max(made, 8 * shape.largest)
     return GpuBytes(
@@ -211,13 +211,15 @@ def _made(channels: int, shape: GpuShape, n: int, length: int) -> int:
 
 
 def _tile(shape: GpuShape, run: GpuRunShape, kept: list[int], each: int) -> int:
-    """A chunk of a tile in flight: `each` bytes a source and channel, more where spectra are made anew."""
-    most = 0
+    """A chunk of a tile in flight: `each` bytes a source and channel, beside the hidden layers that a prompt left.
+
+    Where a side's spectra are made anew, its own hidden layers take their place.
+    """
+    most = left = 2 * 4 * shape.hidden * run.length
     for size, width in run.cuts(shape.channels, shape.width):
         points = width * run.batch * size
-        most = max(most, each * points)
-        if size not in kept:
-            most = max(most, 24 * points + 16 * width * size + _taps(shape, 2 * width * size, 2 * size) + BLAS)
+        made = 24 * points + 16 * width * size + _taps(shape, 2 * width * size, 2 * size) + BLAS
+        most = max(most, each * points + left if size in kept else made)
     return most
 
 
