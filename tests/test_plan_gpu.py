@@ -9,12 +9,12 @@ import torch
 
 import flash_inference as fi
 from flash_inference.engine.plan_gpu import plan_gpu
-from flash_inference.errors import ModelError, PlanError
+from flash_inference.errors import ModelError, PlanError, TilingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.gpu_memory import GRAPH, GpuRunShape, GpuShape, fitted, gpu_bytes
 from flash_inference.models.stu import STUConfig
 from flash_inference.testing import random_model
-from flash_inference.tiling import Relaxed, Separated
+from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated
 
 GIB = 1 << 30
 
@@ -86,6 +86,18 @@ def test_a_plan_adds_up_and_says_how_it_decodes() -> None:
     assert made.tiling == Separated((1 << 15) - 1, near=256, block=GRAPH)
     assert made.state == pytest.approx(4 * (1 << 15) * 4 * 256, rel=0.02)
     assert {layer.decodes for layer in made.layers} == {"tiles", "FIR ring"}
+
+
+def test_relaxed_keeps_one_spectrum_a_side() -> None:
+    model, new = shapes_only(), 1 << 15
+    bounded, relaxed = (
+        plan_gpu(model, max_new_tokens=new, tiling=tiling, free=80 * GIB, narrow=True)
+        for tiling in (None, Prompted(Relaxed(new - 1), 1))
+    )
+    assert relaxed.tiling == Relaxed(new - 1)
+    assert relaxed.spectra == pytest.approx(bounded.spectra, rel=0.02)  # a side more, and one spectrum for two
+    with pytest.raises(TilingError, match="or on Relaxed"):
+        plan_gpu(model, max_new_tokens=new, tiling=Blocked(new), free=80 * GIB, narrow=True)
 
 
 def test_spectra_take_what_is_left() -> None:

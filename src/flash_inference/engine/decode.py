@@ -87,7 +87,8 @@ def decoder_for(
             reason = gpu.unusable(model.embedding.weight) or unfused(model)
             if reason is None:
                 latency = "relaxed" if isinstance(tiling, Relaxed) else "bounded"
-                return gpu.gpu_decoder(model, length, latency, batch, prompt, dtype or torch.float32)
+                read = max(length - 1, prompt)  # the last new token is never read
+                return gpu.gpu_decoder(model, read, latency, batch, prompt, dtype or torch.float32)
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
     return model.decoder(length)
 

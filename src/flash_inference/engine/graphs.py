@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_inference.engine.plan_gpu import check_gpu_tiling
 from flash_inference.engine.sampling import DeviceSampler, Sampler
-from flash_inference.errors import LengthError, NumericsError, TilingError
+from flash_inference.errors import LengthError, NumericsError
 from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling import Rectangle, Relaxed, Tiling
@@ -300,9 +301,3 @@ def stream_gpu(
         generators=() if draw is None else draw.generators,
     )  # fmt: skip
     return (torch.as_tensor(tokens.copy()) for tokens in loop)
-
-
-def check_gpu_tiling(tiling: Tiling | None) -> None:
-    """Raises TilingError for tilings that have no graphs."""
-    if tiling is not None and not isinstance(tiling, Relaxed):
-        raise TilingError(f"got {tiling!r}; on a GPU generation runs on its own bounded tiling (None) or on Relaxed.")

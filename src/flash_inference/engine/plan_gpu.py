@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from flash_inference.engine.plan import Plan, layer_plans
-from flash_inference.errors import ModelError
+from flash_inference.errors import ModelError, TilingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_memory import GRAPH, NEAR, GpuRunShape, GpuShape, fitted, free_on
 from flash_inference.ops.tile_conv import measured
-from flash_inference.tiling import Relaxed, Separated, Tiling
+from flash_inference.tiling import Prompted, Relaxed, Separated, Tiling
 
 
 def plan_gpu(
@@ -30,14 +30,16 @@ def plan_gpu(
     `free` bytes are left on the device beside the model (default: what the model's own GPU says); spectra get what the
     rest leaves of them. `device` is the GPU's name, which `tune` knows it by. `narrow` as in `GpuShape.of`.
     `total` lies within 5% of the most that PyTorch's allocator holds, the model and the driver's graphs aside.
-    Raises PlanError for a run that does not fit, which says what would; ModelError for a model that runs by PyTorch's
-    operations there.
+    Raises PlanError for a run that does not fit, which says what would; TilingError as generation would; ModelError for
+    a model that runs by PyTorch's operations there.
 
     >>> plan_gpu(model, max_new_tokens=100_000, free=80 << 30).spectra
     """
     reason = unfused(model)
     if reason is not None:
         raise ModelError(f"the GPU's kernels cannot run this model: {reason}. Its memory is not planned.")
+    tiling = tiling.tiling if isinstance(tiling, Prompted) else tiling
+    check_gpu_tiling(tiling)
     weight = model.embedding.weight
     if free is None:
         if weight.device.type != "cuda":
@@ -62,3 +64,9 @@ def plan_gpu(
         weights=made.weights,
         graphs=made.graphs,
     )
+
+
+def check_gpu_tiling(tiling: Tiling | None) -> None:
+    """Raises TilingError for tilings that have no graphs."""
+    if tiling is not None and not isinstance(tiling, Relaxed):
+        raise TilingError(f"got {tiling!r}; on a GPU generation runs on its own bounded tiling (None) or on Relaxed.")
