@@ -71,12 +71,12 @@ def implementations(case: GpuCase, history: Tensor, rho: Tensor) -> dict[str, Ca
 
     side = case.side
     fft = TileFFT(side, lambda first, stop, channels: rho[channels.start : channels.stop, first:stop].contiguous())
-    fft.prepare(0, case.channels, PIECE)
-    cuts = Pricing().widths(side, case.channels, case.batch)
+    fft.prepare(case.channels, PIECE)
+    cuts = Pricing().widths(side, range(case.channels), case.batch)
 
     def by_fft() -> None:
         for cut in cuts:
-            fft.pay(history, side, 1, range(side, 2 * side), cut, case.batch)
+            fft.pay(history, range(side), range(side, 2 * side), cut, case.batch)
 
     if side > DIRECT_SIDE:
         return {"fft": by_fft}

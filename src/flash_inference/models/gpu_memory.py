@@ -112,7 +112,7 @@ class GpuRunShape:
 
     @property
     def sides(self) -> list[int]:
-        """The sides of tiles by FFT, ascending: as often as they come first."""
+        """The sides of tiles by FFT, ascending."""
         top = next_power(self.length) // 2
         return [self.near << q for q in range(max(0, (top // self.near).bit_length()))]
 
