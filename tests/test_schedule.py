@@ -64,6 +64,7 @@ def test_groups_pay_what_their_tilings_say(channels: int, span: int, near: int) 
             assert size in groups.sizes
             assert len(tile.sources) + len(tile.targets) <= 2 * size
             assert not some.start % 2
+            assert len(some) <= groups.most(size)
             got |= {c: tile for c in some}
         for group, tiling in enumerate(groups.tilings):
             large = [tile for tile in tiling.after(n - 1) if tile.slack] if n else []

@@ -10,7 +10,7 @@ from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_memory import GRAPH, NEAR, GpuRunShape, GpuShape, fitted, free_on
 from flash_inference.ops.tile_conv import measured
-from flash_inference.tiling import Prompted, Relaxed, Separated, Tiling
+from flash_inference.tiling import Prompted, Relaxed, Staggered, Tiling
 
 
 def plan_gpu(
@@ -54,7 +54,7 @@ def plan_gpu(
     return Plan(
         positions=prompt + max_new_tokens,
         batch=batch,
-        tiling=Separated(span, near=near, block=GRAPH) if bounded else Relaxed(span),
+        tiling=Staggered(span, near=near, block=GRAPH) if bounded else Relaxed(span),
         layers=layer_plans(model, length),
         state=made.state,
         filters=made.filters,

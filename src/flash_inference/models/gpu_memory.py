@@ -133,6 +133,13 @@ class GpuRunShape:
         tiles = {(size, len(some)) for n in range(0, self.length, self.near) for size, _, some in groups.after(n)}
         return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), self.batch)}
 
+    def widest(self, size: int, channels: int, width: int) -> int:
+        """Channels of the widest chunk of that size."""
+        if not self.bounded:
+            return len(self.pieces(channels, width)[0])
+        most = self.groups(self.length, channels).most(size)
+        return len(self.pricing.widths(size, range(most), self.batch)[0])
+
 
 @dataclass(frozen=True, slots=True)
 class GpuBytes:
@@ -216,7 +223,8 @@ def _tile(shape: GpuShape, run: GpuRunShape, kept: list[int], each: int) -> int:
     Where a side's spectra are made anew, its own hidden layers take their place.
     """
     most = left = 2 * 4 * shape.hidden * run.length
-    for size, width in run.cuts(shape.channels, shape.width):
+    for size in run.sides:
+        width = run.widest(size, shape.channels, shape.width)
         points = width * run.batch * size
         made = 24 * points + 16 * width * size + _taps(shape, 2 * width * size, 2 * size) + BLAS
         most = max(most, each * points + left if size in kept else made)

@@ -54,6 +54,11 @@ class Groups:
         """The sides of large tiles, ascending: near, 2 near, .. half of the span."""
         return [self.near << q for q in range((next_power(self.span) // 2 // self.near).bit_length())]
 
+    def most(self, size: int) -> int:
+        """Channels at most that pay a side at the same time."""
+        together = max(1, len(self.tilings) // (2 * size // self.near))
+        return min(self.width * together, self.channels)
+
     def after(self, n: int) -> Iterator[tuple[int, Rectangle, range]]:
         """What becomes payable when n positions are known: (size, tile, channels) for each side in use."""
         first = 0
