@@ -92,12 +92,7 @@ def source(rows: list[dict[str, object]], name: str) -> str:
 
 def length_plot(rows: list[dict[str, object]], path: Path) -> None:
     """Microseconds a token against length, both logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "flash_inference"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for name, colour in COLOURS.items():
         points = sorted((row["length"], row["us_per_token"]) for row in rows if row["decoder"] == name)
@@ -113,9 +108,7 @@ def length_plot(rows: list[dict[str, object]], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.set_title("Order-2 Hyena, D = 256, 4 layers, batch 1, float32, two CPU cores", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
-    plt.close(figure)
+    save(figure, path)
 
 
 def gpu_rows() -> tuple[dict[str, dict[str, object]], list[dict[str, object]]]:
@@ -193,12 +186,7 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
 
 def gpu_plot(path: Path) -> None:
     """Microseconds of the token at a position, both logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "flash_inference"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found, _ = gpu_rows()
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     colours = {"lazy_fused": "#2e4057", "lazy_plain": "#5b8e9f", "eager_plain": "#8d96a3", "transformer": "#edae49"}
@@ -215,8 +203,7 @@ def gpu_plot(path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.set_title("Order-2 Hyena, D = 768, 18 layers, batch 1, one H100", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None}, dpi=160)
-    plt.close(figure)
+    save(figure, path)
 
 
 def batch_table(rows: list[dict[str, object]]) -> str:
@@ -278,12 +265,7 @@ def step_parts(batch: int) -> dict[str, float]:
 
 def step_plot(path: Path) -> None:
     """Where a batched step's time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "flash_inference"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 2.9), layout="constrained")
     colours = ["#2e4057", "#5b8e9f", "#66a182", "#8fbf9f", "#edae49", "#cccccc", "#d1495b"]
     batches = [8, 32]
@@ -297,8 +279,95 @@ def step_plot(path: Path) -> None:
     axes.set_title("Order-2 Hyena, D = 768, 18 layers, 16,384 tokens a row, one H100", fontsize=10)
     axes.invert_yaxis()
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    figure.savefig(path, metadata={"Date": None}, dpi=160)
-    plt.close(figure)
+    save(figure, path)
+
+
+def tiles_plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Microseconds a tile of all mixers by side, a panel a batch: each implementation, the better one, the bytes."""
+    plt = pyplot()
+    batches = sorted({row["batch"] for row in rows if "us" in row})
+    figure, panels = plt.subplots(1, len(batches), figsize=(3.4 * len(batches), 3.4), sharey=True, layout="constrained")
+    for axes, batch in zip([panels] if len(batches) == 1 else panels, batches, strict=True):
+        some = [row for row in rows if row["batch"] == batch and "us" in row]
+        for impl, colour in (("direct", "#2e4057"), ("fft", "#66a182")):
+            points = sorted((row["side"], row["us"]) for row in some if row["impl"] == impl)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=impl)
+        sides = sorted({row["side"] for row in some})
+        best = [min(row["us"] for row in some if row["side"] == side) for side in sides]
+        least = [next(row["floor_us"] for row in some if row["side"] == side) for side in sides]
+        axes.plot(sides, best, color="#d1495b", linewidth=5, alpha=0.3, label="hybrid")
+        axes.plot(sides, least, color="#bbbbbb", linestyle="--", label="bytes at 3.0 TB/s")
+        axes.set(yscale="log", xlabel="side of the tile")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.25)
+        axes.set_title(f"batch {batch}", fontsize=10)
+    figure.supylabel("microseconds, 18 layers of width 768", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def latency_plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Step times by the share of steps that are slower, both logarithmic."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    for row, colour in zip(rows, ("#d1495b", "#2e4057", "#66a182"), strict=False):
+        label = f"{row['latency']}: worst {row['worst_over_median']:.2f} x the median"
+        axes.plot(*zip(*row["quantiles"], strict=True), color=colour, marker=".", markersize=4, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="share of the steps that take longer", ylabel="microseconds")
+    axes.invert_xaxis()
+    axes.grid(alpha=0.25)
+    row = rows[0]
+    title = f"Order-2 Hyena, D = {row['width']}, {row['layers']} layers, {row['tokens']:,} tokens, {row['device']}"
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def memory_plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Bytes by purpose as planned, and the peaks that were measured."""
+    plt = pyplot()
+    widths = sorted({row["width"] for row in rows})
+    figure, panels = plt.subplots(1, len(widths), figsize=(3.9 * len(widths), 3.6), layout="constrained")
+    parts = {
+        "state": "#2e4057",
+        "spectra": "#66a182",
+        "weights": "#edae49",
+        "filters": "#8d96a3",
+        "workspace": "#5b8e9f",
+    }
+    for axes, width in zip([panels] if len(widths) == 1 else panels, widths, strict=True):
+        some = [row for row in rows if row["width"] == width and row["state_dtype"] == "torch.float32"]
+        some.sort(key=lambda row: row["length"])
+        names, left = [f"{row['length']:,}" for row in some], [0.0] * len(some)
+        for part, colour in parts.items():
+            sizes = [row[f"planned_{part}"] / 1e9 for row in some]
+            axes.bar(names, sizes, bottom=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        measured = [row["peak_bytes"] / 1e9 for row in some]
+        axes.plot(names, measured, "o", color="#d1495b", label="measured peak")
+        axes.set(xlabel="positions", ylabel="GB")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(f"{some[0]['layers']} layers of width {width}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def pyplot():
+    """matplotlib, with plots that do not change from run to run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "flash_inference"
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, path: Path) -> None:
+    """Writes a figure without its date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
+    pyplot().close(figure)
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -327,6 +396,10 @@ def main(argv: list[str] | None = None) -> None:
         gpu_plot(ROOT / "docs/images/gpu_decode.svg")
     if read("gpu_batch"):
         step_plot(ROOT / "docs/images/gpu_step.svg")
+    plots = {"gpu_tiles": tiles_plot, "gpu_latency": latency_plot, "gpu_memory": memory_plot}
+    for name, plot in plots.items():
+        if rows := read(name):
+            plot(rows, ROOT / f"docs/images/{name}.svg")
 
 
 if __name__ == "__main__":

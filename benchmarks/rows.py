@@ -31,6 +31,35 @@ def provenance() -> dict[str, object]:
     }
 
 
+def gpu_origin(commit: str | None = None) -> dict[str, object]:
+    """Where a row measured on a GPU comes from; `commit` where the source came without its history."""
+    import triton
+
+    return {
+        "commit": commit or provenance()["commit"],
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+class Rows:
+    """Rows of one question, written to `folder`/`name`.jsonl as they are measured, in place of an earlier run's."""
+
+    def __init__(self, name: str, folder: Path, origin: dict[str, object]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.origin = folder / f"{name}.jsonl", origin
+        self.path.write_text("")
+
+    def add(self, row: dict[str, object]) -> None:
+        """One more, printed as well."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row | self.origin) + "\n")
+        print(json.dumps(row), flush=True)
+
+
 def cpu_name() -> str:
     """The processor's own name."""
     info = Path("/proc/cpuinfo")

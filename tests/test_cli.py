@@ -108,6 +108,8 @@ def test_version():
         ("verify", "./bytes", "--dtype", "int8"),
         ("plan", "./bytes", "--tokens", 600),
         ("plan", "./bytes", "--tiling", "rlaxed"),
+        ("plan", "./bytes", "--tokens", 10, "--device", "abacus"),
+        ("plan", "./bytes", "--tokens", 10, "--state-dtype", "int8"),
         ("draw", "relaxed", 10, "--near", 4),
         ("draw", "relaxed", 65),
         ("draw", "relaxed", 10, "--prompt", 10),
@@ -365,6 +367,21 @@ def test_plan():
     ]
     assert "a long filter without a short recurrence" in shown
     run("plan", "./bytes", "--tokens", 1)
+
+
+def test_plan_for_a_gpu_that_is_elsewhere():
+    (row,) = rows(run("plan", "./bytes", "--tokens", 400, "--device", "cuda", "--free", 2, "--json"))
+    parts = row["bytes"]
+    assert parts.pop("total") == sum(parts.values())
+    assert set(parts) == {"state", "weights", "filters", "spectra", "workspace", "graphs"}
+    assert row["fits"]
+    half = run(
+        "plan", "./bytes", "--tokens", 400, "--device", "cuda", "--free", 2, "--state-dtype", "bfloat16", "--json"
+    )
+    assert rows(half)[0]["bytes"]["state"] < parts["state"]
+    told = run("plan", "./bytes", "--tokens", 400, "--device", "cuda", "--free", 0.01, code=2).stderr
+    assert "400 positions need" in told
+    assert "0.01 GiB are free" in told
 
 
 # --------------------------------------------------------------------------------------------------------------- tune

@@ -17,7 +17,7 @@ import pytest
 import flash_inference
 from flash_inference.models.weights import shipped
 from flash_inference.ops.tile_conv import TILE_CONV_IMPLS
-from flash_inference.tiling import Relaxed, Separated, draw
+from flash_inference.tiling import Relaxed, Separated, Staggered, draw
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = ("theory.md", "extending.md", "reference.md", "batching.md", "speculative.md", "tasks.md", "models.md")
@@ -82,10 +82,14 @@ def test_every_public_name_has_a_section_with_an_example() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tiling"),
-    [("triangle", Relaxed(32)), ("triangle-separated", Separated(64, near=4, block=2))],
-    ids=["relaxed", "separated"],
+    [
+        ("triangle", Relaxed(32)),
+        ("triangle-separated", Separated(64, near=4, block=2)),
+        ("triangle-staggered", Staggered(64, near=4, block=2, shift=5)),
+    ],
+    ids=["relaxed", "separated", "staggered"],
 )
-def test_pictures_are_what_draw_makes(name: str, tiling: Relaxed | Separated) -> None:
+def test_pictures_are_what_draw_makes(name: str, tiling: Relaxed | Separated | Staggered) -> None:
     assert (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8") == draw(tiling)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_inference import Generation, LanguageModel, generate, stream
+from flash_inference import Generation, LanguageModel, PromptLookup, generate, stream
 from flash_inference.engine.decode import decode
 from flash_inference.engine.generate import stream_steps
+from flash_inference.errors import SettingError
 from flash_inference.testing import greedy_differences, random_model
 
 EXACT = 1e-10
@@ -420,3 +421,23 @@ def test_models_in_short_floats_run(prompt: Tensor, dtype: torch.dtype) -> None:
     got = generate(model, prompt, max_new_tokens=N, logprobs=True)
     assert got.tokens.shape == (2, N)
     assert torch.isfinite(got.logprobs.float()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_histories_are_stored_as_asked(dtype: torch.dtype) -> None:
+    model, prompt = random_model(3, length=200, vocab_size=256), torch.tensor([[3, 1, 4, 1, 5]])
+    settings = {"max_new_tokens": 150, "logprobs": True}
+    wide, short = generate(model, prompt, **settings), generate(model, prompt, state_dtype=dtype, **settings)
+    assert not torch.equal(wide.logprobs, short.logprobs)
+    choose = lambda logits: logits.argmax(-1)  # noqa: E731
+    tokens = list(decode(model.decoder(160), prompt, choose, max_new_tokens=150, dtype=dtype))
+    assert torch.equal(torch.stack(tokens, dim=1), short.tokens)
+    assert torch.equal(generate(model, prompt, max_new_tokens=150, state_dtype=torch.float32), wide.tokens)
+
+
+def test_histories_of_other_types_are_refused(model: LanguageModel, prompt: Tensor) -> None:
+    for dtype in (torch.int8, torch.float64):
+        with pytest.raises(SettingError, match=f"state_dtype is {dtype}; expected torch.float32"):
+            generate(model, prompt, max_new_tokens=2, state_dtype=dtype)
+    with pytest.raises(SettingError, match="drafts keep histories"):
+        generate(model, prompt, max_new_tokens=2, state_dtype=torch.bfloat16, draft=PromptLookup())

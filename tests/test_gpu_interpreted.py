@@ -21,10 +21,12 @@ if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
 from flash_inference import FilterConfig, LanguageModel  # noqa: E402
 from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
 from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
-from flash_inference.errors import LengthError, NumericsError, TilingError  # noqa: E402
+from flash_inference.errors import LengthError, NumericsError, ShapeError, TilingError  # noqa: E402
+from flash_inference.models import hyena  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
+from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
-from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep  # noqa: E402
+from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
 from flash_inference.testing import (  # noqa: E402
@@ -36,7 +38,11 @@ from flash_inference.testing import (  # noqa: E402
     tile_conv_oracle,
 )
 from flash_inference.testing.ties import FACTOR  # noqa: E402
-from flash_inference.tiling import Blocked, Relaxed  # noqa: E402
+from flash_inference.tiling import (  # noqa: E402
+    Blocked,
+    Relaxed,
+    schedule,
+)
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
@@ -159,69 +165,58 @@ def test_what_is_packed_comes_back() -> None:
     assert torch.equal(history, before)
 
 
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 257)])
-def test_multiply(shape: tuple[int, int], second: bool, add: bool) -> None:
-    y, rho, also, also_rho = (torch.randn(shape, dtype=torch.complex64) for _ in range(4))
-    out = torch.randn(shape, dtype=torch.complex64) if add else torch.full(shape, complex(NAN, NAN))
-    before = out.clone()
-    multiply(y, rho, out, add=add, also=also if second else None, also_rho=also_rho if second else None)
-    terms = [y.to(torch.complex128) * rho]
-    terms += [also.to(torch.complex128) * also_rho] if second else []
-    terms += [before.to(torch.complex128)] if add else []
-    # A real part is a sum of at most 5 terms: one rounding a product, one an addition, eps / 2 each.
-    bound = 4 * EPS * sum(term.abs() for term in terms)
-    assert ((out - sum(terms)).abs() <= bound).all()
-
-
-def test_multiply_in_place() -> None:
-    y, rho = (torch.randn(3, 17, dtype=torch.complex64) for _ in range(2))
+def test_multiply(shape: tuple[int, int]) -> None:
+    y, rho = (torch.randn(shape, dtype=torch.complex64) for _ in range(2))
     exact = y.to(torch.complex128) * rho
-    multiply(y, rho, y, add=False, also=None, also_rho=None)
+    multiply(y, rho)
+    # A real part is a sum of 2 products: one rounding a product, one an addition, eps / 2 each.
     assert ((y - exact).abs() <= 4 * EPS * exact.abs()).all()
 
 
-def check_fft(size: int, blocks: int, gap: int, targets: int, channels: range, kept: bool) -> None:
+def check_fft(size: int, sources: int, targets: int, lag: int, channels: range, kept: bool) -> None:
     """`channels` of 7; all others, and rows that are neither source nor target, are NaN and stay so."""
-    C, row, n = 7, blocks * size + 3, (blocks + gap + 1) * size
-    rho = torch.randn(C, n - size // 2)
-    padded = torch.nn.functional.pad(rho, (0, 2 * n))
-    fft = TileFFT(size, lambda first, stop, cut: padded[cut.start : cut.stop, first:stop])
+    C, row = 7, sources + 3
+    rho = torch.randn(C, lag + 2 * size - size // 2)
+    padded = torch.nn.functional.pad(rho, (0, 2 * size))
+    fft = TileFFT(size, lambda first, stop, cut: padded[cut.start : cut.stop, first:stop], lag)
     if kept:
-        for k in range(gap, gap + blocks):
-            fft.prepare(k, C, 3)
-    start = row + gap * size
+        fft.prepare(C, 3)
+    start = row + lag
     history = torch.full((start + targets + 5, C), NAN)
-    y, before = torch.randn(blocks * size, 1, len(channels)), torch.randn(targets, 1, len(channels))
+    y, before = torch.randn(sources, 1, len(channels)), torch.randn(targets, 1, len(channels))
     inside = slice(channels.start, channels.stop)
     history[3:row, inside] = y[:, 0]
     history[start : start + targets, inside] = before[:, 0]
     whole = history.clone()
-    fft.pay(history, row, blocks, range(start, start + targets), channels)
-    owed = tile_conv_oracle(y, rho[inside], gap * size + 1, targets)
-    bound = storage_bound(before, owed, EPS)
-    for b in range(blocks):
-        window = padded[inside, (b + gap) * size : (b + gap + 2) * size]
-        part = y[(blocks - b - 1) * size : (blocks - b) * size]
-        bound = bound + fft_bound(part, window, 0, size, EPS)
+    fft.pay(history, range(3, row), range(start, start + targets), channels)
+    owed = tile_conv_oracle(y, padded[inside], lag + 1, targets)
+    bound = storage_bound(before, owed, EPS) + fft_bound(y, padded[inside, lag : lag + 2 * size], 0, size, EPS)
     got = history[start : start + targets, None, inside].double()
     assert ((got - before.double() - owed).abs() <= bound).all()
     history[start : start + targets, inside] = whole[start : start + targets, inside]
     assert torch.equal(history.nan_to_num(77.0), whole.nan_to_num(77.0))
 
 
-@pytest.mark.parametrize("gap", [0, 1])
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("lag", [0, 4, 16])
 @pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
-def test_tile_by_fft_is_its_direct_sum(blocks: int, gap: int, kept: bool) -> None:
-    check_fft(16, blocks, gap, 16, range(7), kept)
-    check_fft(16, blocks, gap, 5, range(2, 5), kept)
+def test_tile_by_fft_is_its_direct_sum(lag: int, kept: bool) -> None:
+    check_fft(16, 16, 16, lag, range(7), kept)
+    check_fft(16, 16, 5, lag, range(2, 5), kept)
+    check_fft(16, 3, 16, lag, range(1, 7), kept)
+    check_fft(16, 25, 7, lag, range(7), kept)
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_tile_by_fft_of_any_side(size: int) -> None:
-    check_fft(size, 2, 1, size, range(1, 7), True)
+    check_fft(size, size, size, size, range(1, 7), True)
+
+
+def test_a_tile_that_its_circle_cannot_hold_is_refused() -> None:
+    fft = TileFFT(16, lambda first, stop, cut: torch.zeros(len(cut), stop - first), 4)
+    for sources, targets in ((range(16), range(16, 32)), (range(20), range(24, 40))):
+        with pytest.raises(ShapeError, match="expected 4 rows between them and at most 32 in both"):
+            fft.pay(torch.zeros(80, 3), sources, targets, range(3))
 
 
 # ---------------------------------------------------------------------------------------------------------- the step
@@ -320,6 +315,35 @@ def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+def stored_forward(model: LanguageModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float64 forward whose mixers read inputs, and keep sums, rounded once to `dtype`."""
+
+    def rounded(y: Tensor, rho: Tensor) -> Tensor:
+        stored = y.to(dtype).to(y.dtype)
+        past = causal_conv(stored, rho) - rho[..., :1] * stored
+        return past.to(dtype).to(y.dtype) + rho[..., :1] * y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hyena, "causal_conv", rounded)
+        return exact_model(model)(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=["bf16", "f16"])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=slow)])
+def test_a_history_of_16_bits_errs_as_its_rounding(dtype: torch.dtype, batch: int) -> None:
+    """A sum is rounded once for every tile that adds to it: by squares, by FFT, and by the prompt."""
+    model, new = model_of(length=120), 38
+    tokens = torch.randint(29, (batch, 5 + new))
+    exact = exact_model(model)(tokens)
+    bound = FACTOR * (stored_forward(model, tokens, dtype) - exact).abs().max()
+    decoder = GpuDecoder(model, 80, near=16, shapes=FEW, batch=batch, batch_shapes=SMALL, dtype=dtype)
+    loop = GpuLoop(decoder, list(tokens[:, :5]), new)
+    assert loop.run.history.dtype == dtype
+    got = [loop.logits.clone(), *(loop.advance(tokens[:, i]).clone() for i in range(5, 5 + new - 1))]
+    error = (torch.stack(got, dim=1) - exact[:, 4:-1]).abs().max()
+    assert tolerance(model, tokens, exact) < error <= bound
+
+
 def greedy(model: LanguageModel, prompt: Tensor, new: int, *, latency: str = "bounded", near: int = 16) -> Tensor:
     decoder = GpuDecoder(model, len(prompt) + new - 1, near=near, latency=latency, shapes=FEW)
     return torch.tensor(list(GpuLoop(decoder, prompt, new)))
@@ -332,7 +356,7 @@ def check_greedy(model: LanguageModel, prompt: Tensor, tokens: Tensor, distinct:
 
 
 NEW = 49
-"""A token of the prompt and three graphs: squares, and a tile by FFT of either kind."""
+"""A token of the prompt and three graphs: squares, and a large tile by FFT."""
 
 
 @pytest.mark.parametrize("length", [16, *(pytest.param(each, marks=slow) for each in (1, 3, 40))])
@@ -357,6 +381,17 @@ def test_both_latencies_give_the_same_tokens(length: int) -> None:
 def test_greedy_through_several_levels(order: int, length: int, latency: str) -> None:
     model, prompt = model_of(order, layers=2, length=320), torch.randint(29, (length,))
     check_greedy(model, prompt, greedy(model, prompt, 145, latency=latency))
+
+
+@pytest.mark.parametrize("length", [5, pytest.param(35, marks=slow)])
+def test_groups_of_channels_on_shifted_clocks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 channels in 4 groups: late squares of every group, one larger than the rest of the run."""
+    monkeypatch.setattr(schedule, "FEWEST", 3)
+    model, prompt = model_of(), torch.randint(29, (length,))
+    decoder = GpuDecoder(model, 150, near=16, shapes=FEW)
+    loop = GpuLoop(decoder, prompt, 114)
+    assert [tiling.shift for tiling in loop.groups.tilings] == [0, 2, 1, 3]
+    check_greedy(model, prompt, torch.tensor(list(loop)))
 
 
 @slow
@@ -454,6 +489,7 @@ def test_a_decoder_is_kept_while_it_serves() -> None:
     other = gpu_decoder(model, 20)
     assert other is not kept
     assert gpu_decoder(model, 20, "relaxed") is not other
+    assert gpu_decoder(model, 20, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -562,9 +598,9 @@ def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
-SMALL = BatchShapes(
-    mix=(16, 2, 16), out=(16, 2, 16), fc1=(32, 2, 16), fc2=(16, 2, 16), head=(32, 2, 16), batch=4, head_batch=4
-)
+NARROW = BatchShape(16, 2, 16)
+WIDE = BatchShape(32, 2, 16, registers=168)
+SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE, batch=4, head_batch=4)
 
 
 def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
@@ -611,10 +647,10 @@ def test_tiles_of_a_batch_share_their_filter(batch: int) -> None:
     fft = TileFFT(
         16, lambda first, stop, lanes: torch.nn.functional.pad(rho.T[lanes.start : lanes.stop], (0, 31))[:, first:stop]
     )
-    fft.pay(history, 19, 1, range(19, 35), range(1, 4), batch)
+    fft.pay(history, range(3, 19), range(19, 35), range(1, 4), batch)
     for row, one in enumerate(alone):
         tile_rows(one, rho, range(3, 19), range(19, 35), torch.tensor([0]))
-        fft.pay(one, 19, 1, range(19, 35), range(1, 4))
+        fft.pay(one, range(3, 19), range(19, 35), range(1, 4))
         assert torch.equal(history.unflatten(1, (5, batch))[..., row], one)
 
 

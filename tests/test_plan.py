@@ -33,6 +33,16 @@ def test_state_and_filters_are_what_is_allocated(
     assert made.total == made.state + made.filters + made.workspace + max(made.spectra, made.activations)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_a_history_of_16_bits_is_planned(dtype: torch.dtype) -> None:
+    model = random_model(3, length=2000)
+    made = plan(model, prompt=100, max_new_tokens=1000, batch=2, state_dtype=dtype)
+    state = Decoder(model, 1100).init(2, default_tiling(999, 100), dtype=dtype)
+    rows = state.stack.history.shape[2]
+    assert 0 <= made.state - state.nbytes <= state.stack.history.nbytes / rows * state.stack.block
+    assert made.state < 0.6 * plan(model, prompt=100, max_new_tokens=1000, batch=2).state
+
+
 def test_spectra_of_the_plan_are_those_that_are_stored() -> None:
     model = random_model(2, length=4096)
     decoder = Decoder(model, 4096)

@@ -16,7 +16,9 @@ import flash_inference as fi
 from flash_inference.engine.graphs import GpuLoop, decode_gpu
 from flash_inference.engine.verify import verify
 from flash_inference.errors import LengthError, NumericsError, PlanError, TilingError
+from flash_inference.models import hyena
 from flash_inference.models.gpu import GRAPH, GpuDecoder
+from flash_inference.ops.causal_conv import causal_conv
 from flash_inference.testing import find_ties, random_model
 from flash_inference.testing.ties import FACTOR
 from flash_inference.tiling import Blocked, Relaxed
@@ -203,6 +205,64 @@ def test_tokens_chosen_on_the_host(latency: str) -> None:
         agree(model, prompt[row], run(decoder, prompt[row], 1000), tokens[row])
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+def test_graphs_of_one_position_change_no_bit(batch: int, latency: str) -> None:
+    """Every offset and every side, over 600 given positions."""
+    model, prompts = gpu_model(3), list(torch.randint(1000, (batch, 21)))
+    decoder = GpuDecoder(model, 700, latency=latency, batch=batch, near=128)
+    given = torch.randint(1000, (600, batch))
+    logits = []
+    for graphs in (True, False):
+        loop = GpuLoop(decoder, prompts, 601, graphs=graphs)
+        logits.append(torch.stack([loop.advance(tokens) for tokens in given]))
+        assert len(loop._captured) >= (GRAPH + 3 if graphs else 0)
+        assert graphs or not loop._captured
+        loop.close()
+    assert torch.equal(*logits)
+    assert torch.isfinite(logits[0]).all()
+
+
+@torch.no_grad()
+def stored_forward(model: fi.LanguageModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float64 forward whose mixers read inputs, and keep sums, rounded once to `dtype`."""
+
+    def rounded(y: Tensor, rho: Tensor) -> Tensor:
+        stored = y.to(dtype).to(y.dtype)
+        past = causal_conv(stored, rho) - rho[..., :1] * stored
+        return past.to(dtype).to(y.dtype) + rho[..., :1] * y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hyena, "causal_conv", rounded)
+        return twin(model, torch.float64)(tokens)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_history_of_16_bits_errs_as_its_rounding(dtype: torch.dtype, batch: int) -> None:
+    """A sum is rounded once for every tile that adds to it; 2,000 positions, so tiles up to 512."""
+    model, new = gpu_model(3), 2000
+    tokens = torch.randint(1000, (batch, 30 + new))
+    exact = twin(model, torch.float64)(tokens.to(CUDA))
+    bound = FACTOR * (stored_forward(model, tokens.to(CUDA), dtype) - exact).abs().max()
+    loop = GpuLoop(GpuDecoder(model, 2100, batch=batch, dtype=dtype), list(tokens[:, :30]), new)
+    assert loop.run.history.dtype == dtype
+    got = [loop.logits.cpu(), *(loop.advance(tokens[:, i]) for i in range(30, 30 + new - 1))]
+    loop.close()
+    error = (torch.stack(got, dim=1).to(CUDA) - exact[:, 29:-1]).abs().max()
+    assert 0 < error <= bound
+
+
+def test_generate_with_a_history_of_16_bits() -> None:
+    model, prompt = gpu_model(), prompt_of(25)
+    plain = fi.generate(model, prompt, max_new_tokens=300, logprobs=True)
+    short = fi.generate(model, prompt, max_new_tokens=300, logprobs=True, state_dtype=torch.bfloat16)
+    assert short.tokens.shape == (1, 300)
+    assert not torch.equal(short.logprobs, plain.logprobs)
+    again = fi.generate(model, prompt, max_new_tokens=300, state_dtype=torch.bfloat16)
+    assert torch.equal(again, fi.generate(model, prompt, max_new_tokens=300, state_dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_run_in_float32(dtype: torch.dtype) -> None:
     model, prompt = gpu_model().to(dtype), prompt_of(12)
@@ -348,7 +408,7 @@ def test_a_run_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 20, 80 << 30))
-    with pytest.raises(PlanError, match=r"300 positions need .* GiB of mixer state"):
+    with pytest.raises(PlanError, match=r"1 x 300 positions need .* GiB of mixer state"):
         GpuDecoder(model, 300)
     with pytest.raises(PlanError):
         fi.generate(model, prompt_of(5), max_new_tokens=300)

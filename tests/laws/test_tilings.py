@@ -28,6 +28,7 @@ from flash_inference.tiling import (
     Share,
     Span,
     Spread,
+    Staggered,
     Tile,
     Tiling,
     TwiceRelaxed,
@@ -60,6 +61,15 @@ FAMILIES: dict[str, Make] = {
         )
         for near, every in ((1, 1), (2, 1), (4, 2), (4, 8), (8, 32))
     },
+    **{
+        f"staggered-{near}-{block}-{shift}": lambda length, taps, near=near, block=block, shift=shift: Staggered(
+            length, near, block, shift, taps=taps
+        )
+        for near, block in ((1, 1), (4, 1), (4, 4), (8, 2))
+        for shift in (0, 1, 2, 3, 7)
+    },
+    "staggered-default": lambda length, taps: Staggered(length, taps=taps),
+    "spread-staggered": lambda length, taps: Spread(Staggered(length, 8, 2, 5, taps=taps), 4),
     "prompted-blocked": lambda length, taps: Prompted(Blocked(length, 4, taps=taps), 5),
     "prompted-spread": lambda length, taps: Prompted(Spread(Separated(length, 4, taps=taps), 2), 7),
     "spread-prompted": lambda length, taps: Spread(Prompted(Separated(length, 4, taps=taps), 7), 2),

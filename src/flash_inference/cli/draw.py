@@ -28,8 +28,13 @@ def draw(
         int, typer.Argument(metavar="LENGTH", min=1, help="How many positions, the prompt's among them.")
     ],
     svg: Annotated[str | None, typer.Option(metavar="FILE", help="Write an SVG picture; - is stdout.")] = None,
-    near: Annotated[int | None, typer.Option(help="Largest square at the diagonal: separated, spread.")] = None,
-    block: Annotated[int | None, typer.Option(help="Positions of an inline block: blocked, separated, spread.")] = None,
+    near: Annotated[
+        int | None, typer.Option(help="Largest square at the diagonal: separated, staggered, spread.")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Positions of an inline block: blocked, separated, staggered, spread.")
+    ] = None,
+    shift: Annotated[int | None, typer.Option(help="Blocks by which a clock runs ahead: staggered.")] = None,
     epoch: Annotated[int | None, typer.Option(help="Positions of an epoch: epoched.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps between shares of a tile: spread.")] = None,
     prompt: Annotated[int, typer.Option(min=0, help="Positions that are known from the start.")] = 0,
@@ -47,7 +52,7 @@ def draw(
       flash-inference draw spread 64 --near 8 --every 4
       flash-inference draw separated 256 --near 32 --svg separated.svg
     """
-    chosen = build(tiling, length, prompt, every, near=near, block=block, epoch=epoch, taps=taps)
+    chosen = build(tiling, length, prompt, every, near=near, block=block, shift=shift, epoch=epoch, taps=taps)
     if json:
         payments = [
             {"after": position, **_values(item)} for position in range(length) for item in chosen.after(position)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from flash_inference.cli.console import CommandError, Meter, note, write, write_json
-from flash_inference.cli.options import Dash, Fasta, Json, Model, Tokens
+from flash_inference.cli.options import Dash, Fasta, Json, Model, StateDtype, Tokens, state_dtype_of
 from flash_inference.cli.records import Record, Survey, gather, wrap
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def generate(
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")
     ] = False,
+    state_dtype: StateDtype = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt, exactly as full recomputation would.
@@ -89,7 +90,7 @@ def generate(
     settings = {
         "max_new_tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "allowed": table.letters if chosen is None else chosen, "seed": seed,
-        "stop": tuple(stop or ()), "n": n, "logprobs": logprobs,
+        "stop": tuple(stop or ()), "n": n, "logprobs": logprobs, "state_dtype": state_dtype_of(state_dtype),
     }  # fmt: skip
     live = survey.records == n == 1 and not json
     described = f"model={model} temperature={temperature:g} seed={seed}"

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flash_inference.cli.console import Meter, size, write, write_json, write_table
-from flash_inference.cli.options import Json, Model, Tokens
+from flash_inference.cli.console import CommandError, Meter, size, write, write_json, write_table
+from flash_inference.cli.options import Json, Model, StateDtype, Tokens, state_dtype_of
 from flash_inference.cli.tilings import SPREAD, build
 
 if TYPE_CHECKING:
     from flash_inference.engine.plan import LayerPlan, Plan
+    from flash_inference.models.backbone import LanguageModel
     from flash_inference.tiling import Cost, Tiling
 
 COMPARED = ("lazy", "eager", "epoched", "relaxed", "blocked", SPREAD)
 PARTS = ("state", "filters", "spectra", "workspace", "activations", "total")
+GPU_PARTS = ("state", "weights", "filters", "spectra", "workspace", "graphs", "total")
 
 
 def plan(
@@ -29,6 +31,12 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help=f"{', '.join(COMPARED)}, separated. Default: the best for the length."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU, which need not be there with --free.")] = "cpu",
+    free: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Memory to plan for, the model's own included. Default: what is free."),
+    ] = None,
+    state_dtype: StateDtype = None,
     json: Json = False,
 ) -> None:
     """Tell how a model decodes, and the memory and the work of a run, before anything is allocated.
@@ -36,21 +44,26 @@ def plan(
     Each part of a block decodes in its own way: by tiles, by a recurrence, from a ring or a cache. The memory is by
     purpose, beside the model's weights. The work is modelled, for every tiling: multiply-adds per
     channel of the tiles, in all and in the dearest step, a tile being summed directly or by FFT, whichever is less.
+    On a GPU a run that cannot fit is refused, and what would fit is said.
 
     \b
-    Example:
+    Examples:
       flash-inference plan shakespeare --prompt 1000 --tokens 60000 --batch 4
+      flash-inference plan shakespeare --tokens 60000 --device cuda --free 80
     """
     from flash_inference.engine.plan import free_memory, work
-    from flash_inference.engine.plan import plan as memory
     from flash_inference.engine.prompts import check_room
     from flash_inference.models.weights import load
 
     language_model = load(model)
     check_room(language_model, prompt, tokens)
     chosen = None if tiling is None else _tiling(tiling, prompt, tokens)
-    planned = memory(language_model, prompt=prompt, max_new_tokens=tokens, batch=batch, tiling=chosen)
-    free = free_memory()
+    room = free_memory() if free is None else int(free * 1e9)
+    if device == "cuda":
+        room = _free_on_gpu() if free is None else room
+    planned = _planned(
+        language_model, device, room, state_dtype, prompt=prompt, max_new_tokens=tokens, batch=batch, tiling=chosen
+    )
     costs: dict[str, Cost] = {}
     with Meter("work", len(COMPARED) * tokens) as meter:
         for name in COMPARED:
@@ -58,9 +71,33 @@ def plan(
             costs[name] = work(_tiling(name, prompt, tokens))
             meter.add(tokens)
     if json:
-        write_json(_values(model, planned, free, costs))
+        write_json(_values(model, planned, room, costs))
     else:
-        _print(planned, free, costs)
+        _print(planned, room, costs)
+
+
+def _planned(model: LanguageModel, device: str, room: int | None, state_dtype: str | None, **settings: Any) -> Plan:
+    import torch
+
+    from flash_inference.engine.plan import plan as memory
+    from flash_inference.engine.plan_gpu import plan_gpu
+
+    settings["state_dtype"] = state_dtype_of(state_dtype)
+    if device == "cpu":
+        return memory(model, **settings)
+    if device != "cuda":
+        raise CommandError(f"device {device!r} cannot be planned for; expected cpu or cuda.")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
+    own = sum(p.nbytes for p in model.parameters())
+    return plan_gpu(model, free=max(0, (room or 0) - own), device=name, **settings)
+
+
+def _free_on_gpu() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CommandError("there is no GPU here whose free memory could be asked for. Pass --free GB.")
+    return torch.cuda.mem_get_info()[0]
 
 
 def _tiling(name: str, prompt: int, tokens: int) -> Tiling:
@@ -83,7 +120,7 @@ def _values(model: str, planned: Plan, free: int | None, costs: dict[str, Cost])
         "batch": planned.batch,
         "tiling": repr(planned.tiling),
         "layers": [dataclasses.asdict(layer) for layer in planned.layers],
-        "bytes": {part: getattr(planned, part) for part in PARTS},
+        "bytes": {part: getattr(planned, part) for part in _parts(planned)},
         "free": free,
         "fits": None if free is None else planned.total <= free,
         "work": {
@@ -98,6 +135,10 @@ def _values(model: str, planned: Plan, free: int | None, costs: dict[str, Cost])
     }
 
 
+def _parts(planned: Plan) -> tuple[str, ...]:
+    return GPU_PARTS if planned.graphs else PARTS
+
+
 def _print(planned: Plan, free: int | None, costs: dict[str, Cost]) -> None:
     lazy = costs["lazy"].total or 1
     write(f"{planned.batch} x {planned.positions:,} positions, {planned.tiling!r}\n\n")
@@ -110,7 +151,7 @@ def _print(planned: Plan, free: int | None, costs: dict[str, Cost]) -> None:
         left=True,
     )
     write("\n")
-    rows = [[part, size(getattr(planned, part))] for part in PARTS]
+    rows = [[part, size(getattr(planned, part))] for part in _parts(planned)]
     rows.append(["free", "unknown" if free is None else size(free)])
     write_table(["memory", "bytes"], rows)
     if free is not None and planned.total > free:

@@ -14,6 +14,7 @@ import typer
 
 from flash_inference.cli.console import CommandError, Meter, note, size, write, write_json, write_table
 from flash_inference.cli.options import Json
+from flash_inference.cli.tune_gpu import GpuCase, gpu_cases, measure_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +42,14 @@ def tune(
     Times every implementation on square tiles of 2 to 4,096 positions, with the current number of threads; takes
     minutes, or seconds with --quick. Each result is first compared with a float64 reference: an implementation that
     exceeds its error bound is left out, and the exit code is 1. Ctrl-C writes nothing. The table counts from the next
-    start on.
+    start on; what it says of other devices stays.
+
+    On a GPU its kernels are measured as well, per batch: where direct sums end and transforms begin.
 
     \b
-    Example:
+    Examples:
       flash-inference tune
+      flash-inference tune --device cuda
       flash-inference tune --show
     """
     from flash_inference.ops.tile_conv import Choice, table_path
@@ -54,22 +58,27 @@ def tune(
         _print(Choice.load(), json)
         note(f"in force: {table_path()}" if table_path().exists() else f"built in; {table_path()} does not exist")
         return
-    cases = list(_cases(_device(device), quick))
+    seconds = QUICK_SECONDS if quick else SECONDS
+    cases = [*_gpu_cases(_device(device), quick), *_cases(device, quick)]
     measurements: list[Measurement] = []
     wrong: dict[str, str] = {}
+    wrong_kernels: dict[str, str] = {}
     with Meter("tuning", sum(case.work for case in cases)) as meter:
         for case in cases:
-            meter.label(f"side {case.side}, {case.channels} x {case.rows} {case.dtype}")
-            measurements += _measure(case, QUICK_SECONDS if quick else SECONDS, wrong)
+            meter.label(str(case))
+            if isinstance(case, Case):
+                measurements += _measure(case, seconds, wrong)
+            else:
+                measurements += measure_gpu(case, seconds, wrong_kernels)
             meter.add(case.work)
-    choice = Choice(tuple(m for m in measurements if m.impl not in wrong))
-    for message in wrong.values():
+    choice = Choice(tuple(m for m in measurements if m.impl not in (wrong if m.threads else wrong_kernels)))
+    for message in (*wrong.values(), *wrong_kernels.values()):
         note(f"wrong: {message}")
     if not choice.measurements:
         raise CommandError("no implementation passed its check, so that no table was written. Is this build sound?")
     _print(choice, json)
-    note(f"wrote {choice.save()}")
-    if wrong:
+    note(f"wrote {choice.beside(Choice.load()).save()}")
+    if wrong or wrong_kernels:
         raise typer.Exit(1)
 
 
@@ -103,6 +112,20 @@ def _device(name: str) -> str:
     if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
         return name
     raise CommandError(f"device {name!r} cannot be used here. Use --device cpu; `flash-inference doctor` tells more.")
+
+
+def _gpu_cases(device: str, quick: bool) -> list[GpuCase]:
+    """The cases of a GPU's kernels; none where there are no kernels."""
+    import torch
+
+    if device != "cuda":
+        return []
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        note(f"the GPU's kernels are left out: {error}; pip install triton")
+        return []
+    return list(gpu_cases(torch.cuda.mem_get_info()[0], quick))
 
 
 def _cases(device: str, quick: bool) -> Iterator[Case]:
@@ -227,7 +250,8 @@ def _print(choice: Choice, json: bool) -> None:
         key = (m.device, m.dtype, m.threads, m.channels, m.rows)
         groups.setdefault(key, {}).setdefault(m.side, []).append(m)
     for (device, dtype, threads, channels, rows), sides in groups.items():
-        write(f"{device}, {dtype.removeprefix('torch.')}, {threads} threads, {channels} channels, {rows} rows\n")
+        by = f"{threads} threads" if threads else "its kernels"
+        write(f"{device}, {dtype.removeprefix('torch.')}, {by}, {channels} channels, {rows} rows\n")
         impls = sorted({m.impl for ms in sides.values() for m in ms})
         table: list[list[str]] = []
         for side, ms in sorted(sides.items()):

@@ -67,11 +67,14 @@ def best_device() -> tuple[str, str | None]:
 
 
 def decoder_for(
-    model: LanguageModel, length: int, tiling: Tiling | None = None, batch: int = 1
-) -> Decoder | GpuDecoder:
+    model: LanguageModel, length: int, tiling: Tiling | None = None, batch: int = 1, *, prompt: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Decoder | GpuDecoder:  # fmt: skip
     """The model made ready for `batch` sequences of `length` positions, with the GPU's kernels where it is on one.
 
-    Where the GPU lacks them, or they do not know the model, a warning says why, and PyTorch's operations run instead.
+    The first `prompt` positions are given, and `dtype` is how histories are stored: a GPU's memory is laid out for
+    both. Where the GPU lacks the kernels, or they do not know the model, a warning says why, and PyTorch's operations
+    run instead.
     """
     device = model.embedding.weight.device
     if device.type == "cuda":
@@ -82,7 +85,9 @@ def decoder_for(
         else:
             reason = gpu.unusable(model.embedding.weight) or gpu.unreplayed(model)
             if reason is None:
-                return gpu.gpu_decoder(model, length, "relaxed" if isinstance(tiling, Relaxed) else "bounded", batch)
+                latency = "relaxed" if isinstance(tiling, Relaxed) else "bounded"
+                read = max(length - 1, prompt)  # the last new token is never read
+                return gpu.gpu_decoder(model, read, latency, batch, prompt, dtype or torch.float32)
         warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
     return model.decoder(length)
 

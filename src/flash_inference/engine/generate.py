@@ -54,6 +54,7 @@ def generate(
     logprobs: bool = False,
     tiling: Tiling | None = None,
     draft: Drafter | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Any:
     """New tokens [B * n, N], N <= max_new_tokens, exactly those of a full recompute at each step.
 
@@ -65,6 +66,8 @@ def generate(
     `tiling` covers prompt + max_new_tokens - 1 positions; the default never waits for a large tile.
     `draft` (`PromptLookup()`, `ModelDraft(smaller)`) proposes tokens, of which the model checks several in a pass:
     greedy tokens stay the same, drawn ones keep their law; rows run one by one.
+    `state_dtype` is how the mixers' history is stored. 16 bits halve the memory of a run, and round every input and
+    partial sum of the long convolutions: tokens are then no longer exactly those of a full recompute (docs/theory.md).
     Cost per token: one pass over the weights, and O(log^2 L) per channel for the mixers.
     Raises LengthError, TokenError, SamplingError, NumericsError or PlanError, all but NumericsError before any compute.
 
@@ -74,7 +77,7 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "allowed": allowed, "seed": seed, "stop_tokens": stop_tokens,
-        "stop": stop, "logprobs": logprobs, "tiling": tiling, "draft": draft,
+        "stop": stop, "logprobs": logprobs, "tiling": tiling, "draft": draft, "state_dtype": state_dtype,
     }  # fmt: skip
     if n < 1:
         raise SamplingError(f"n is {n}; expected at least 1 sample per prompt.")
@@ -134,6 +137,7 @@ def _steps(
     logprobs: bool = False,
     tiling: Tiling | None = None,
     draft: Drafter | None = None,
+    state_dtype: torch.dtype | None = None,
     first_row: int = 0,
     allowed: Sequence[int] | None = None,
     **settings: Any,
@@ -143,11 +147,14 @@ def _steps(
     sampler = Sampler(sampling, prompt.shape[0], model.config.vocab_size, seen=prompt, first_row=first_row)
     stops = Stops(model, prompt.shape[0], stop_tokens, stop)
     check_tiling(tiling, prompt.shape[1] + max_new_tokens - 1)
-    check_memory(model, prompt.shape[0], prompt.shape[1], max_new_tokens, tiling)
-    length = prompt.shape[1] + max_new_tokens
+    check_state_dtype(state_dtype, draft)
+    rows, length = prompt.shape
+    check_memory(model, rows, length, max_new_tokens, tiling, state_dtype)
     # Modules can draft on a GPU, and graphs cannot: what a graph has done is not taken back.
-    drafts = draft is not None and unfused(model) is not None
-    decoder = model.decoder(length) if drafts else decoder_for(model, length, tiling, len(prompt))
+    if draft is not None and unfused(model) is not None:
+        decoder = model.decoder(length + max_new_tokens)
+    else:
+        decoder = decoder_for(model, length + max_new_tokens, tiling, rows, prompt=length, dtype=state_dtype)
     if draft is not None:
         check_draft(draft, model, decoder, prompt, max_new_tokens)
 
@@ -167,7 +174,7 @@ def _steps(
             proposer = draft.begin(prompt[0], max_new_tokens, sampling, first_row)
             source = speculate(decoder, prompt, choose, proposer, max_new_tokens=max_new_tokens, tiling=tiling)
         else:
-            source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling)
+            source = decode(decoder, prompt, choose, max_new_tokens=max_new_tokens, tiling=tiling, dtype=state_dtype)
         if not isinstance(decoder, Decoder) and not logprobs:
             from flash_inference.engine.graphs import stream_gpu
 
@@ -191,6 +198,14 @@ def check_draft(draft: Drafter, model: LanguageModel, decoder: object, prompt: T
     if not isinstance(decoder, Decoder):
         raise SettingError("the GPU's kernels do not draft. Move the model to the CPU, or leave draft out.")
     draft.check(model, prompt.shape[1], max_new_tokens)
+
+
+def check_state_dtype(dtype: torch.dtype | None, draft: Drafter | None) -> None:
+    """Raises SettingError for a type that no history is stored in, or where a draft reads it."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise SettingError(f"state_dtype is {dtype}; expected torch.float32, torch.bfloat16, torch.float16 or None.")
+    if dtype is not None and draft is not None:
+        raise SettingError("drafts keep histories in the model's own type. Leave state_dtype out, or draft.")
 
 
 class Stops:

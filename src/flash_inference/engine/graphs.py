@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_inference.engine.plan_gpu import check_gpu_tiling
 from flash_inference.engine.sampling import DeviceSampler, Sampler
-from flash_inference.errors import LengthError, NumericsError, TilingError
+from flash_inference.errors import LengthError, NumericsError
 from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
 from flash_inference.ops.tile_conv.triton import tile_rows
-from flash_inference.tiling import Rectangle, Relaxed, Separated, Tiling
+from flash_inference.tiling import Rectangle, Relaxed, Tiling
 from flash_inference.tiling.schedule import Chunk, Schedule
 
 AHEAD = 8
@@ -60,12 +61,13 @@ class GpuLoop:
         self.first = first.cpu().numpy()
         self._embed(first)
         span = self.run.rows - self.run.lead
-        self.tiling = Separated(span, near=decoder.near_side, block=GRAPH) if decoder.bounded else Relaxed(span)
+        self.groups = decoder.groups(span)
+        self.tiling = self.groups.tilings[0] if decoder.bounded else Relaxed(span)
         self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
         self.count = span // GRAPH
         self.launched = self.position = 0
         self.late = 0
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[int | None, int], torch.cuda.CUDAGraph] = {}
         if self.device.type == "cuda":
             self.main, self.side, self.back = decoder.main, decoder.side, decoder.back
             self._ends: list[tuple[int, Any]] = []
@@ -89,23 +91,36 @@ class GpuLoop:
         self.step.start(self.decoder.exact.embedding(tokens))
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host."""
+        """The logits [B, V] behind one more position, whose tokens [B] the caller chose: for choices on the host.
+
+        Each position of a block of 16 is a graph of its own. The first block is launched kernel by kernel, so that all
+        are loaded when the second captures them: short runs capture nothing.
+        """
         n, offset = divmod(self.position, GRAPH)
         self.position += 1
-        run, stream = self.run, torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext()
-        with stream:
+        side = self._side((n + 1) * GRAPH) if offset + 1 == GRAPH else 0
+        with torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext():
             if not offset:
                 (self._boundary if self.device.type == "cuda" else self._boundary_now)(n * GRAPH)
-            self._embed(tokens.to(self.device))
-            last = offset + 1 == GRAPH
-            side = self._side((n + 1) * GRAPH) if last else 0
-            self.step.forward(run.history, run.pending, run.clock, offset)
-            if side:
-                sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
-                tile_rows(run.history, self.decoder.near, sources, targets, run.clock, self.batch)
-            if last:
-                run.clock += GRAPH
+            self.step.token.copy_(tokens)
+            if self.graphs and n and self.device.type == "cuda":
+                self._graph((offset, side), lambda: self._one(offset, side)).replay()
+            else:
+                self._one(offset, side)
             return self.step.logits.view(self.batch, -1).cpu()
+
+    def _one(self, offset: int, side: int) -> None:
+        """One position whose tokens are given: embedded by the kernel that the graphs of 16 end with, then run."""
+        run, step = self.run, self.step
+        step.embed(
+            run.clock, run.tokens, run.host_tokens, run.stamps, offset, last=False, greedy=False, pdl=False
+        )  # fmt: skip
+        step.forward(run.history, run.pending, run.clock, offset)
+        if side:
+            sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
+            tile_rows(run.history, self.decoder.near, sources, targets, run.clock[1:], self.batch)
+        if offset + 1 == GRAPH:
+            run.clock += GRAPH
 
     def close(self) -> None:
         """Waits for what the device still does on this sequence's memory."""
@@ -117,7 +132,7 @@ class GpuLoop:
         if self.device.type == "cuda" and self.graphs:
             with torch.cuda.stream(self.main):
                 for side in sorted({self._side(n * GRAPH) for n in range(1, self.count + 1)}):
-                    self._graph(side)
+                    self._sixteen(side)
 
     def pace(self) -> None:
         """Waits until no more than AHEAD graphs are in flight, for callers who do not read the tokens."""
@@ -175,7 +190,7 @@ class GpuLoop:
                     self._boundary(n)
                 side = self._side(n + GRAPH)
                 if self.graphs:
-                    self._graph(side).replay()
+                    self._sixteen(side).replay()
                 else:
                     positions(self.decoder, self.step, self.run, side, self.side, self.draw)
         self.launched += 1
@@ -187,20 +202,24 @@ class GpuLoop:
         sides = [len(tile.sources) for tile in self.tiling.after(n - 1) if not tile.slack]
         return max((side for side in sides if side <= self.decoder.near_side), default=0)
 
+    def _chunks(self, n: int) -> list[Chunk]:
+        """The chunks of the large tiles that become ready when n positions are known."""
+        tiles = self.groups.after(n) if self.mixing else ()
+        cut = self.pricing.cut
+        return [chunk for size, tile, some in tiles for chunk in cut(size, tile, some, GRAPH, self.batch)]
+
     def _large(self, n: int) -> list[Rectangle]:
-        """The large tiles that become ready when n positions are known."""
+        """The large Relaxed squares that become ready when n positions are known."""
         if n <= 0 or not self.mixing:
             return []
-        if self.decoder.bounded:
-            return [tile for tile in self.tiling.after(n - 1) if tile.slack]
         return [tile for tile in self.tiling.after(n - 1) if len(tile.sources) > self.decoder.near_side]
 
     def _boundary_now(self, n: int) -> None:
-        for tile in self._large(n):
-            if self.decoder.bounded:
-                for chunk in self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch):
-                    self._pay(chunk)
-            else:
+        if self.decoder.bounded:
+            for chunk in self._chunks(n):
+                self._pay(chunk)
+        else:
+            for tile in self._large(n):
                 self._pay_square(tile)
 
     def _boundary(self, n: int) -> None:
@@ -208,15 +227,13 @@ class GpuLoop:
 
         `late` counts chunks that were handed over at the very boundary that needs them.
         """
-        large = self._large(n)
         if not self.decoder.bounded:
-            for tile in large:
-                self._pay_square(tile)
+            self._boundary_now(n)
             return
-        if large or self.schedule:
+        chunks = self._chunks(n)
+        if chunks or self.schedule:
             self.back.wait_event(self.main.record_event())
-        for tile in large:
-            self.schedule.add(self.pricing.cut(tile, self.decoder.channels, GRAPH, self.batch))
+        self.schedule.add(chunks)
         released = self.schedule.release(n)
         if released:
             self.late += sum(chunk.due <= n for chunk in released)
@@ -231,32 +248,37 @@ class GpuLoop:
 
     def _pay(self, chunk: Chunk) -> None:
         rows = self.run.history[self.run.lead :]
-        self.decoder.ffts[chunk.size].pay(rows, chunk.row, chunk.blocks, chunk.targets, chunk.channels, self.batch)
+        self.decoder.ffts[chunk.size].pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch)
 
     def _pay_square(self, tile: Rectangle) -> None:
-        """A Relaxed square at once, a layer at a time: smaller workspace at hardly any cost."""
-        size = len(tile.sources)
-        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[size]
-        for cut in self.decoder.widths(size, self.batch):
-            fft.pay(rows, tile.sources.stop, 1, tile.targets, cut, self.batch)
+        """A Relaxed square at once."""
+        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[len(tile.sources)]
+        for some in self.decoder.pieces(self.batch):
+            fft.pay(rows, tile.sources, tile.targets, some, self.batch)
 
-    def _graph(self, side: int) -> torch.cuda.CUDAGraph:
-        if side not in self._captured:
+    def _sixteen(self, side: int) -> torch.cuda.CUDAGraph:
+        return self._graph(
+            (None, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
+        )
+
+    def _graph(self, key: tuple[int | None, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of an offset (None: all of them) and the side behind it, captured when it is first asked for."""
+        if key not in self._captured:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             for generator in self.generators:
                 graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
             with torch.cuda.graph(graph, stream=self.main):
-                positions(self.decoder, self.step, self.run, side, self.side, self.draw)
-            self._captured[side] = graph
-        return self._captured[side]
+                launch()
+            self._captured[key] = graph
+        return self._captured[key]
 
 
 def decode_gpu(
     decoder: GpuDecoder, prompt: Tensor, choose: Callable[[Tensor], Tensor], max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
     """As `decode`, for choices made on the host: kernels are launched one by one."""
-    check_gpu_tiling(decoder, tiling)
+    check_gpu_tiling(tiling, decoder.channels)
     loop = GpuLoop(decoder, prompt, max_new_tokens)
     try:
         tokens = choose(loop.logits.cpu())
@@ -272,16 +294,10 @@ def stream_gpu(
     decoder: GpuDecoder, prompt: Tensor, sampler: Sampler, max_new_tokens: int, tiling: Tiling | None
 ) -> Iterator[Tensor]:
     """Tokens [B] of the rows of prompt [B, P], chosen on the device inside the graphs."""
-    check_gpu_tiling(decoder, tiling)
+    check_gpu_tiling(tiling, decoder.channels)
     draw = None if sampler.sampling.plain else DeviceSampler(sampler, decoder.config.vocab_size, decoder.device)
     loop = GpuLoop(
         decoder, prompt, max_new_tokens, draw=None if draw is None else draw.draw,
         generators=() if draw is None else draw.generators,
     )  # fmt: skip
     return (torch.as_tensor(tokens.copy()) for tokens in loop)
-
-
-def check_gpu_tiling(decoder: GpuDecoder, tiling: Tiling | None) -> None:
-    """Raises TilingError for tilings that have no graphs; without long convolutions there is nothing to tile."""
-    if decoder.channels and tiling is not None and not isinstance(tiling, Relaxed):
-        raise TilingError(f"got {tiling!r}; on a GPU generation runs on its own bounded tiling (None) or on Relaxed.")

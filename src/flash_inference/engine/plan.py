@@ -41,7 +41,8 @@ class LayerPlan:
 class Plan:
     """Bytes of a run, by what they are for. `total` is what the process grows by, the model's weights aside.
 
-    `layers` tells how each part of each block decodes.
+    `layers` tells how each part of each block decodes. On a GPU `weights` are copies as they are streamed, and `graphs`
+    what the driver keeps of captured graphs, an estimate; a prompt's activations are part of the workspace there.
     """
 
     positions: int
@@ -53,17 +54,21 @@ class Plan:
     spectra: int
     workspace: int
     activations: int
+    weights: int = 0
+    graphs: int = 0
 
     @property
     def total(self) -> int:
         """The most at one time: spectra are kept as steps meet them, when the prompt's activations are gone."""
-        return self.state + self.filters + self.workspace + max(self.spectra, self.activations)
+        rest = self.state + self.filters + self.workspace + self.weights + self.graphs
+        return rest + max(self.spectra, self.activations)
 
 
 def plan(
-    model: LanguageModel, *, prompt: int = 1, max_new_tokens: int, batch: int = 1, tiling: Tiling | None = None
-) -> Plan:
-    """The memory of a generation, computed from shapes; nothing is allocated.
+    model: LanguageModel, *, prompt: int = 1, max_new_tokens: int, batch: int = 1, tiling: Tiling | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> Plan:  # fmt: skip
+    """The memory of a generation on a CPU, computed from shapes; nothing is allocated. `plan_gpu` is a GPU's.
 
     state: one buffer of positions * batch * channels numbers, its staged block, and the pasts of the mixers that keep
     one of their own;
@@ -77,7 +82,8 @@ def plan(
     own = sum(mixer.past_bytes(length) for block in model.blocks for mixer in block.mixers)
     block = max(tiling.block, 32)
     rows = -(-prompt // block) * block + -(-max_new_tokens // block) * block
-    state = batch * (size * channels * (rows + 2 * block) + own)
+    stored = size if state_dtype is None else state_dtype.itemsize
+    state = batch * (channels * (stored * rows + 2 * size * block) + own)
     filters = size * channels * (taps + min(taps, 256))
     budget = max(size * channels * taps, 64 << 20)
     spectra = _spectra(tiling, length, channels, size, budget) if channels else 0
@@ -129,8 +135,9 @@ def tile_work(tile: Tile) -> float:
 
 
 def check_memory(
-    model: LanguageModel, batch: int, prompt: int, max_new_tokens: int, tiling: Tiling | None = None
-) -> None:
+    model: LanguageModel, batch: int, prompt: int, max_new_tokens: int, tiling: Tiling | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Raises PlanError if the plan exceeds the memory that is free, saying what would fit.
 
     A GPU's memory is checked where its buffers are sized (`GpuDecoder`).
@@ -142,8 +149,9 @@ def check_memory(
     def needed(positions: int) -> int:
         before = min(prompt, max(positions - 1, 1))
         new = max(positions - before, 1)
-        same = positions == prompt + max_new_tokens
-        return plan(model, prompt=before, max_new_tokens=new, batch=batch, tiling=tiling if same else None).total
+        own = tiling if positions == prompt + max_new_tokens else None
+        made = plan(model, prompt=before, max_new_tokens=new, batch=batch, tiling=own, state_dtype=state_dtype)
+        return made.total
 
     asked = prompt + max_new_tokens
     if free is None or needed(asked) <= free:

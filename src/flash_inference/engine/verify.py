@@ -122,7 +122,7 @@ def _decode(
             progress(len(logits))
         return best.indices
 
-    decoder = decoder_for(model, prompt.shape[1] + tokens, tiling, len(prompt))
+    decoder = decoder_for(model, prompt.shape[1] + tokens, tiling, len(prompt), prompt=prompt.shape[1])
     chosen = [token.clone() for token in decode(decoder, prompt, choose, max_new_tokens=tokens, tiling=tiling)]
     return torch.cat(chosen), torch.stack(logits)
 

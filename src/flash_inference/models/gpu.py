@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flash_inference.errors import LengthError, ModelError, PlanError
+from flash_inference.errors import LengthError, ModelError
 from flash_inference.mixers.mixer import Moment
 from flash_inference.models.block import BlockPast
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_hyena import HyenaSteps
+from flash_inference.models.gpu_memory import (
+    GRAPH,
+    NEAR,
+    GpuBytes,
+    GpuRunShape,
+    GpuShape,
+    fitted,
+    free_on,
+    gpu_bytes,
+    points_at_once,
+)
 from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplayed
 from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
+from flash_inference.ops.tile_conv import measured
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.triton import tile_rows
-from flash_inference.tiling.schedule import Pricing
-from flash_inference.tiling.triangle import next_power
+from flash_inference.tiling.schedule import Groups, Pricing
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
 
 AnyStep = GpuStep | GpuBatchStep | ModuleStep
-GRAPH = 16
-"""Positions a graph; pairs inside them are inline."""
-NEAR = 256
-"""Largest side that is paid at once."""
 PIECE = 4096
 """Positions of a prompt that are read at a time where no long convolution wants them all."""
 
@@ -85,21 +93,30 @@ class GpuDecoder:
 
     Hyena models run by fused kernels: matrices are streamed as bfloat16 where that changes no value, and as they are
     otherwise; activations and sums are float32. Other models run by their own modules, in their own dtype. The state of
-    long convolutions is kept in `dtype` and summed in float32. `spectra_bytes` bounds the stored filter spectra; larger
-    sides are transformed when needed. `shapes`, `batch_shapes` and `pdl` are settings of the fused kernels.
+    long convolutions is kept in `dtype` and summed in float32. `near` is the largest side that is paid at once, by
+    default what `flash-inference tune` measured on this device. `spectra_bytes` bounds the stored filter spectra (by
+    default what the device has left beside a run after `prompt` positions); larger sides are transformed when needed.
+    `shapes`, `batch_shapes` and `pdl` are settings of the fused kernels.
+    Raises PlanError, before anything is allocated, if a run cannot fit: see `plan`, the bytes by what they are for.
     """
 
     def __init__(
         self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
-        spectra_bytes: int | None = None, near: int = NEAR, latency: str = "bounded", batch: int = 1,
+        spectra_bytes: int | None = None, near: int | None = None, latency: str = "bounded", batch: int = 1,
         dtype: torch.dtype = torch.float32, pricing: Pricing | None = None, batch_shapes: BatchShapes | None = None,
+        prompt: int = 1,
     ) -> None:  # fmt: skip
         config = model.config
         if length > config.length:
             raise LengthError(f"{length} positions were asked for; this model's filter allows {config.length}.")
-        self.model, self.config, self.length, self.near_side, self.dtype = model, config, length, near, dtype
+        self.model, self.config, self.length, self.dtype = model, config, length, dtype
         self.bounded, self.pricing, self.batch = latency == "bounded", pricing or Pricing(), batch
         self.device = next(model.parameters()).device
+        self.shape = GpuShape.of(model, rows=length + 2 * GRAPH)
+        self.near_side = near = near or tuned_near(self.device, batch, self.shape.channels)
+        self.room = GpuRunShape(length, prompt, batch, dtype, near, self.bounded, self.pricing)
+        self.plan = self._planned(spectra_bytes)
+        self.points = points_at_once(self.shape.channels, length)
         fused = unfused(model) is None
         float32 = next(model.parameters()).dtype == torch.float32
         self.exact = model if float32 or not fused else copy.deepcopy(model).float()
@@ -119,18 +136,11 @@ class GpuDecoder:
             )
             self.step = self.steps.make(1, None)
             self._made: dict[tuple[int, BatchShapes | None], AnyStep] = {}
-        budget = self._budget() if spectra_bytes is None else spectra_bytes
         self.ffts: dict[int, TileFFT] = {}
-        size = near
-        top = next_power(length) // (4 if self.bounded else 2) if self.channels else 0
-        while size <= top:
-            self.ffts[size] = fft = TileFFT(size, self.padded)
-            ks, cost = ((1, 2) if self.bounded else (0,)), self.channels * (size + 1) * 8
-            if len(ks) * cost <= budget:
-                budget -= len(ks) * cost
-                for k in ks:
-                    fft.prepare(k, self.channels, config.width)
-            size *= 2
+        for size in self.room.sides if self.channels else ():
+            self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
+            if size in self.plan.kept:
+                fft.prepare(self.channels, max(1, min(self.points // (2 * size), config.width)))
         self._warmed: set[int] = set()
         if batch == 1:
             self._warm(self.step, 1)
@@ -146,27 +156,20 @@ class GpuDecoder:
                 self._warm(self._made[key], batch)
         return self._made[key].fork()
 
-    def _budget(self) -> int:
-        """Bytes for stored spectra: what the device has left beside the runs' state and 3 GiB for work.
-
-        Raises PlanError if the state alone does not fit.
-        """
+    def _planned(self, spectra_bytes: int | None) -> GpuBytes:
+        """The bytes of a run, and which spectra are kept; off a GPU, a GiB of them."""
         if self.device.type != "cuda":
-            return 1 << 30
-        free = torch.cuda.mem_get_info(self.device)[0]
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        row = self.channels * self.batch * self.dtype.itemsize
-        state = (self.length + 2 * GRAPH + self.near_side) * row
-        state += self.batch * self.steps.pending_bytes(self.length + 2 * GRAPH)
-        left = free - state - (3 << 30)
-        if left < 0:
-            raise PlanError(
-                f"{self.length} positions need {state / 2**30:.1f} GiB of mixer state and 3 GiB for work; "
-                f"{free / 2**30:.1f} GiB are free on {torch.cuda.get_device_name(self.device)}. About "
-                f"{max(0, free - (3 << 30)) * self.length // max(state, 1)} positions would fit, or twice as many "
-                "with 16-bit state."
-            )
-        return left
+            return gpu_bytes(self.shape, self.room, 1 << 30 if spectra_bytes is None else spectra_bytes)
+        plan = fitted(self.shape, self.room, free_on(self.device), torch.cuda.get_device_name(self.device))
+        return plan if spectra_bytes is None else gpu_bytes(self.shape, self.room, spectra_bytes)
+
+    def serves(self, length: int, batch: int, prompt: int) -> bool:
+        """Whether such a run fits this decoder, and the memory that is free beside it."""
+        if self.length < length or self.batch < batch:
+            return False
+        run = replace(self.room, length=length, batch=batch, prompt=prompt)
+        needs = gpu_bytes(self.shape, run, self.plan.spectra)
+        return self.device.type != "cuda" or needs.state + needs.workspace <= free_on(self.device)
 
     def init(self, prompt: int, new: int, batch: int = 1) -> GpuRun:
         """Memory for `batch` prompts of up to `prompt` positions, and `new` positions after them."""
@@ -218,7 +221,7 @@ class GpuDecoder:
         total = min(self.length, P + len(behind))
         n = 1 << (2 * P + len(behind) - 1).bit_length() if P > 1 else 1
         out = torch.empty_like(y)
-        width = max(1, min(y.shape[1], (1 << 26) // total)) if P == 1 else max(1, (1 << 26) // n)
+        width = max(1, min(y.shape[1], self.points // (total if P == 1 else n)))
         for c in range(0, y.shape[1], width):
             cut = slice(c, min(c + width, y.shape[1]))
             rho = self.padded(0, total, range(first + cut.start, first + cut.stop))
@@ -232,12 +235,13 @@ class GpuDecoder:
             rows += later.to(self.dtype)
         return out
 
-    def widths(self, size: int, batch: int) -> list[range]:
-        """The channels of each chunk of a tile of that size."""
-        if self.bounded:
-            return self.pricing.widths(size, self.channels, batch)
-        width = max(2, self.config.width // batch // 2 * 2)
-        return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
+    def pieces(self, batch: int) -> list[range]:
+        """The channels of each part of a Relaxed square."""
+        return replace(self.room, batch=batch).pieces(self.channels, self.config.width)
+
+    def groups(self, span: int) -> Groups:
+        """Which channels pay which large tiles when, over so many positions behind a prompt."""
+        return self.room.groups(span, self.channels)
 
     def _warm(self, step: AnyStep, batch: int) -> None:
         """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
@@ -254,11 +258,10 @@ class GpuDecoder:
             positions(self, step, run, 0, None)
         if batch not in self._warmed:
             self._warmed.add(batch)
-            for size, fft in self.ffts.items():
-                for channels in {len(cut) for cut in self.widths(size, batch)}:
-                    with torch.cuda.stream(self.back if self.bounded else self.main):
-                        for blocks in (1, 2):
-                            fft.warm(run.history, blocks, channels, batch)
+            cuts = replace(self.room, batch=batch).cuts(self.channels, self.config.width) if self.channels else set()
+            with torch.cuda.stream(self.back if self.bounded else self.main):
+                for size, channels in sorted(cuts):
+                    self.ffts[size].warm(run.history, channels, batch)
         torch.cuda.synchronize()
 
 
@@ -274,19 +277,30 @@ def unusable(weight: Tensor) -> str | None:
     return None
 
 
-def gpu_decoder(model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1) -> GpuDecoder:
-    """The model made ready for `batch` sequences of `length` positions.
+def tuned_near(device: torch.device, batch: int, channels: int) -> int:
+    """The largest side to pay at once: as `flash-inference tune` measured it on this GPU, or NEAR."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return max(GRAPH, measured().crossover_on(name, batch, channels) or NEAR)
 
-    Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that no graph can hold.
+
+def gpu_decoder(
+    model: LanguageModel, length: int, latency: str = "bounded", batch: int = 1, prompt: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> GpuDecoder:  # fmt: skip
+    """The model made ready for `batch` sequences of `length` positions, the first `prompt` of them given.
+
+    Kept on the model while weights stay the same and it suffices. Raises ModelError for a model that no graph can hold,
+    PlanError if the run does not fit.
     """
     reason = unreplayed(model)
     if reason is not None:
         raise ModelError(f"no graph can hold this model: {reason}. Decode with model.decoder(length).")
-    version = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    key = tuple((p.data_ptr(), p._version) for p in model.parameters()), latency, dtype
     kept = getattr(model, "_gpu_decoder", None)
-    if kept is None or kept[0] != (version, latency) or kept[1].length < length or kept[1].batch < batch:
-        model._gpu_decoder = None  # type: ignore[assignment]
-        kept = ((version, latency), GpuDecoder(model, length, latency=latency, batch=batch))
+    if kept is None or kept[0] != key or not kept[1].serves(length, batch, prompt):
+        kept = model._gpu_decoder = None  # type: ignore[assignment]
+        gc.collect()  # tiles hold their decoder, which holds them: its spectra are not freed before
+        kept = key, GpuDecoder(model, length, latency=latency, batch=batch, dtype=dtype, prompt=prompt)
         model._gpu_decoder = kept  # type: ignore[assignment]
     return kept[1]
 

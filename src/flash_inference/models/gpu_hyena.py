@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_inference.models.fused import layer_weights
+from flash_inference.models.gpu_memory import fits_bfloat16
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
@@ -66,8 +67,7 @@ class HyenaSteps:
 
 def _narrow(weight: Tensor) -> Tensor:
     """The same values as bfloat16 if none changes."""
-    narrow = weight.to(torch.bfloat16)
-    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight.contiguous()
+    return weight.to(torch.bfloat16) if fits_bfloat16(weight) else weight.contiguous()
 
 
 def _streamed(layer: LayerWeights) -> LayerWeights:

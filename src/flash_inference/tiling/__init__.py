@@ -18,6 +18,7 @@ from .relaxed import Relaxed
 from .separated import Separated
 from .spec import describe, rebuild
 from .spread import Spread
+from .staggered import Staggered
 from .tile import Clipped, Pair, Parallelogram, Rectangle, Share, Span, Tile
 from .triangle import Triangle
 from .twice_relaxed import TwiceRelaxed
@@ -30,6 +31,7 @@ TILINGS: Mapping[str, Callable[..., Tiling]] = MappingProxyType(
         "blocked": Blocked,
         "epoched": Epoched,
         "separated": Separated,
+        "staggered": Staggered,
         "twice_relaxed": TwiceRelaxed,
     }
 )
@@ -52,6 +54,7 @@ __all__ = [
     "Share",
     "Span",
     "Spread",
+    "Staggered",
     "Tile",
     "Tiling",
     "Triangle",

@@ -1,27 +1,80 @@
-"""Which chunk of which large tile runs between two graphs: earliest deadline first, on a budget that meets them all."""
+"""Which chunk of which large tile runs between two graphs: earliest deadline first, on a budget that meets them all.
+
+Channels are split in groups, and the clock of each group's large tiles is shifted against the others', so that there is
+as much to do at every block.
+"""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .staggered import Staggered
 from .tile import Rectangle
+from .triangle import next_power
+
+GROUPS = 64
+"""Groups of channels at most: those that pay a side above so many near-blocks are one at a time."""
+FEWEST = 32
+"""Channels a group at least."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Chunk:
-    """Some channels of a tile from `blocks` blocks of `size` sources before `row`.
+    """Some channels of a tile, to be paid on a circle of 2 `size` places.
 
     It must have run when `due` positions are known; `cost` is an estimate in microseconds.
     """
 
     due: int
     size: int
-    row: int
-    channels: range = field(compare=False)
-    blocks: int = field(compare=False)
+    sources: range = field(compare=False)
     targets: range = field(compare=False)
+    channels: range = field(compare=False)
     cost: float = field(compare=False)
+
+
+class Groups:
+    """`channels` channels in groups g = 0, 1, .., 2^q - 1, each on Staggered with the bits of g reversed as its shift.
+
+    So groups that pay the same side at the same time stand side by side.
+    """
+
+    def __init__(self, span: int, near: int, block: int, channels: int) -> None:
+        self.span, self.near, self.channels = span, near, channels
+        most = max(1, min(GROUPS, channels // FEWEST, next_power(span) // near))
+        bits = most.bit_length() - 1
+        width = -(-channels // (1 << bits))
+        self.width = -(-width // (8 if width >= 8 else 2)) * (8 if width >= 8 else 2)
+        self.tilings = [Staggered(span, near, block, _reversed(group, bits)) for group in range(1 << bits)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sides of large tiles, ascending: near, 2 near, .. half of the span."""
+        return [self.near << q for q in range((next_power(self.span) // 2 // self.near).bit_length())]
+
+    def most(self, size: int) -> int:
+        """Channels at most that pay a side at the same time."""
+        together = max(1, len(self.tilings) // (2 * size // self.near))
+        return min(self.width * together, self.channels)
+
+    def after(self, n: int) -> Iterator[tuple[int, Rectangle, range]]:
+        """What becomes payable when n positions are known: (size, tile, channels) for each side in use."""
+        first = 0
+        sides = [tiling.side(n) for tiling in self.tilings] if n and not n % self.near else []
+        for group, side in enumerate(sides):
+            if group + 1 < len(sides) and sides[group + 1] == side:
+                continue
+            tile = next((tile for tile in self.tilings[group].after(n - 1) if tile.slack), None)
+            channels = range(first * self.width, min((group + 1) * self.width, self.channels))
+            first = group + 1
+            if tile is not None and channels:
+                yield min(side, self.sizes[-1]), tile, channels
+
+
+def _reversed(number: int, bits: int) -> int:
+    return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +88,7 @@ class Pricing:
         """Points a microsecond; the largest transforms take more passes."""
         return self.points / (1.0 if size < 32768 else 1.4)
 
-    def widths(self, size: int, channels: int, batch: int = 1) -> list[range]:
+    def widths(self, size: int, channels: range, batch: int = 1) -> list[range]:
         """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least.
 
         Chunks begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
@@ -44,15 +97,14 @@ class Pricing:
         width = width // 32 * 32 if width >= 32 else width // 8 * 8
         width = -(-width // batch)
         width += width % 2
-        return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
+        return [range(c, min(c + width, channels.stop)) for c in range(channels.start, channels.stop, width)]
 
-    def cut(self, tile: Rectangle, channels: int, early: int, batch: int = 1) -> list[Chunk]:
-        """The chunks of a tile from whole V-blocks, V = its slack, for `channels` channels, due `early` steps early."""
-        size, blocks = tile.slack, -(-len(tile.sources) // tile.slack)
-        rate, cuts = self.rate(size) / batch, self.widths(size, channels, batch)
-        due, row = tile.due - early, tile.sources.stop
+    def cut(self, size: int, tile: Rectangle, channels: range, early: int, batch: int = 1) -> list[Chunk]:
+        """The chunks of a tile on circles of 2 `size` places, for some channels, due `early` steps early."""
+        rate, due = self.rate(size) / batch, tile.due - early
         return [
-            Chunk(due, size, row, cut, blocks, tile.targets, len(cut) * size * (1 + blocks) / 2 / rate) for cut in cuts
+            Chunk(due, size, tile.sources, tile.targets, cut, len(cut) * size / rate)
+            for cut in self.widths(size, channels, batch)
         ]
 
 

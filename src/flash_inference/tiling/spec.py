@@ -16,10 +16,23 @@ from .prompted import Prompted
 from .relaxed import Relaxed
 from .separated import Separated
 from .spread import Spread
+from .staggered import Staggered
 from .twice_relaxed import TwiceRelaxed
 
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Blocked, Eager, Epoched, Lazy, Prompted, Relaxed, Separated, Spread, TwiceRelaxed)
+    kind.__name__: kind
+    for kind in (
+        Blocked,
+        Eager,
+        Epoched,
+        Lazy,
+        Prompted,
+        Relaxed,
+        Separated,
+        Spread,
+        Staggered,
+        TwiceRelaxed,
+    )
 }
 
 

@@ -86,26 +86,31 @@ class Triangle:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The tiles of one size: paid after position n - 1 for n a multiple of `period`.
+    """The tiles of one size: paid after position n - 1 for n of the form `phase` plus a multiple of `period`.
 
-    tile: n -> the tiles of that step (() at a multiple that has none); each has sources in [n - back, n) and
-    targets in [n, n + ahead).
+    tile: n -> the tiles of that step (() where it has none); each has sources in [n - back, n) and targets in
+    [n, n + ahead).
     """
 
     period: int
     back: int
     ahead: int
     tile: Callable[[int], tuple[Rectangle, ...]]
+    phase: int = 0
 
     def before(self, start: int, stop: int) -> Iterable[Rectangle]:
         """What tiles paid at n > start owe from sources < start to targets in [start, stop)."""
-        first = (start // self.period + 1) * self.period
+        first = self._next(start)
         return self._clip(range(first, min(start + self.back, stop), self.period), range(start), range(start, stop))
 
     def after(self, start: int, stop: int) -> Iterable[Rectangle]:
         """What tiles paid at start < n < stop owe to targets >= stop."""
-        first = (max(start, stop - self.ahead) // self.period + 1) * self.period
+        first = self._next(max(start, stop - self.ahead))
         return self._clip(range(first, stop, self.period), range(stop), range(stop, stop + self.ahead))
+
+    def _next(self, n: int) -> int:
+        """The first step after n."""
+        return ((n - self.phase) // self.period + 1) * self.period + self.phase
 
     def _clip(self, steps: range, sources: range, targets: range) -> Iterable[Rectangle]:
         for n in steps:

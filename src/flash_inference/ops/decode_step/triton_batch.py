@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -352,24 +353,48 @@ def choose_and_embed(
             tl.store(clock, base + step)
 
 
+class BatchShape(NamedTuple):
+    """How a kernel is cut: output rows a program, warps, inputs that a warp takes at once.
+
+    `registers` bounds those of a thread, so that the programs of the next kernel find room beside this one's and can
+    fetch their weights; None leaves it to the compiler.
+    """
+
+    rows: int
+    warps: int
+    depth: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes of it."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
 @dataclass(frozen=True)
 class BatchShapes:
-    """(output rows a program, warps, inputs a warp takes at once) of every kernel, and rows of the batch a program."""
+    """The shape of every kernel, and rows of the batch a program."""
 
-    mix: tuple[int, int, int] = (8, 4, 64)
-    out: tuple[int, int, int] = (16, 4, 64)
-    fc1: tuple[int, int, int] = (32, 4, 64)
-    fc2: tuple[int, int, int] = (16, 8, 64)
-    head: tuple[int, int, int] = (128, 4, 32)
-    batch: int = 16
-    head_batch: int = 32
+    mix: BatchShape
+    out: BatchShape
+    fc1: BatchShape
+    fc2: BatchShape
+    head: BatchShape
+    batch: int
+    head_batch: int
 
     @classmethod
     def fit(cls, batch: int) -> BatchShapes:
-        """For a batch of that size. Measured on an H100 at D = 768 (`benchmarks/gpu_shapes.py`)."""
+        """For a batch of that size. Measured on an H100 at D = 768, each in the whole step: what overlaps matters."""
         if batch > 8:
-            return cls()
-        return cls(out=(16, 4, 32), fc1=(16, 4, 64), head=(64, 4, 128), batch=8, head_batch=8)
+            return cls(
+                mix=BatchShape(8, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(32, 4, 64),
+                fc2=BatchShape(16, 8, 64), head=BatchShape(128, 4, 64), batch=16, head_batch=32,
+            )  # fmt: skip
+        return cls(
+            mix=BatchShape(4, 4, 32), out=BatchShape(16, 8, 32), fc1=BatchShape(16, 4, 64, registers=168),
+            fc2=BatchShape(16, 8, 64), head=BatchShape(32, 2, 64), batch=8, head_batch=8,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -418,7 +443,7 @@ class GpuBatchStep(Step):
             )  # type: ignore[arg-type]
             for layer in layers
         ]  # fmt: skip
-        self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
+        self.programs = triton.cdiv(self.vocab, self.shapes.head.rows)
         self._scratch()
 
     def _scratch(self) -> None:
@@ -426,7 +451,7 @@ class GpuBatchStep(Step):
         self.x, self.z, self.mixed = (new(B, self.width) for _ in range(3))
         self.hidden, self.centres = new(B, self.inner), new(2, B)
         self.logits, self.best = new(B, self.vocab), new(self.programs, B)
-        shares = triton.cdiv(self.width, min(SHARE, self.shapes.out[0], self.shapes.fc2[0]))
+        shares = triton.cdiv(self.width, min(SHARE, self.shapes.out.rows, self.shapes.fc2.rows))
         self.moments = new(2 * shares * B)
         self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
         self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
@@ -451,10 +476,9 @@ class GpuBatchStep(Step):
         more = {"launch_pdl": True} if pdl else {}
         columns = triton.cdiv(B, tile)
 
-        def settings(shape: tuple[int, int, int], wide: bool) -> dict[str, object]:
-            rows, warps, depth = shape
-            fixed = {"BATCH": tile, "WIDE": wide, "PDL": pdl, "num_warps": warps}
-            return {**fixed, "ROWS": rows, "WARPS": warps, "DEPTH": depth}
+        def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
+            fixed = {"BATCH": tile, "WIDE": wide, "PDL": pdl, **shape.options}
+            return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth}
 
         def shares(share: int) -> dict[str, int]:
             return {"SHARE": share, "PROGRAMS": int(triton.next_power_of_2(-(-D // share)))}
@@ -463,31 +487,30 @@ class GpuBatchStep(Step):
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.
             early = more if number or offset else {}
-            project_and_mix[(triton.cdiv(D, s.mix[0]), columns)](
+            project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
                 self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
                 self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, B=B, D=D, ORDER=self.order,
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **shares(s.fc2[0] if number else SHARE), **settings(s.mix, layer.wide[0]), **early,
+                **shares(s.fc2.rows if number else SHARE), **settings(s.mix, layer.wide[0]), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
-            add_product[(triton.cdiv(D, s.out[0]), columns)](
+            add_product[(triton.cdiv(D, s.out.rows), columns)](
                 self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, B=B, D=D, N=D,
                 WHICH=1, **settings(s.out, layer.wide[1]), **more,
             )  # fmt: skip
-            norm_expand[(triton.cdiv(F, s.fc1[0]), columns)](
-                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, B=B, D=D, **shares(s.out[0]),
+            norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
+                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, B=B, D=D, **shares(s.out.rows),
                 **settings(s.fc1, layer.wide[2]), **more,
             )  # fmt: skip
-            add_product[(triton.cdiv(D, s.fc2[0]), columns)](
+            add_product[(triton.cdiv(D, s.fc2.rows), columns)](
                 self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, B=B, D=D, N=F,
                 WHICH=0, **settings(s.fc2, layer.wide[3]), **more,
             )  # fmt: skip
-        rows, warps, depth = s.head
         head[(self.programs, triton.cdiv(B, s.head_batch))](
             self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
-            D=D, BATCH=s.head_batch, ROWS=rows, DEPTH=depth, WIDE=_wide(self.head[0]), PDL=pdl, num_warps=warps,
-            **shares(s.fc2[0]), **more,
+            D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=_wide(self.head[0]), PDL=pdl,
+            **s.head.options, **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
     def embed(

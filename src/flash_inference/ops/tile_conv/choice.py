@@ -39,7 +39,7 @@ class Choice:
 
     `crossover` is the built-in value, used where nothing was measured: the side up to which a square tile is summed
     directly. Measured entries match dtype, device and threads exactly; side, rows and channels
-    match to the nearest octave.
+    match to the nearest octave. The kernels of a GPU stand under its full name, with 0 threads.
     """
 
     crossover = 8
@@ -73,6 +73,29 @@ class Choice:
 
         least = min(distance(m) for m in pool)
         return min((m for m in pool if distance(m) <= least + 1e-9), key=lambda m: m.microseconds).impl
+
+    def crossover_on(self, device: str, rows: int, channels: int) -> int | None:
+        """The largest measured side up to which a GPU, by its name, sums squares directly no slower than by FFT.
+
+        Of the measured batches and channels the nearest counts, in octaves. None where nothing was measured.
+        """
+        pool = [m for m in self.measurements if m.device == device]
+        if not pool:
+            return None
+        shapes = {(m.rows, m.channels) for m in pool}
+        nearest = min(shapes, key=lambda s: (abs(math.log2(s[0] / rows)) + abs(math.log2(s[1] / channels)), s))
+        times = {(m.side, m.impl): m.microseconds for m in pool if (m.rows, m.channels) == nearest}
+        found = None
+        for side in sorted({side for side, _ in times}):
+            if times.get((side, "direct"), math.inf) > times.get((side, "fft"), math.inf):
+                break
+            found = side
+        return found
+
+    def beside(self, other: Choice) -> Choice:
+        """This table, and what another one says of devices that this one does not know."""
+        known = {m.device for m in self.measurements}
+        return Choice(self.measurements + tuple(m for m in other.measurements if m.device not in known))
 
     def save(self, path: Path | None = None) -> Path:
         """Writes the table as JSON and returns its path."""

@@ -1,0 +1,290 @@
+"""What decoding on one GPU takes, computed from shapes: before it is taken, and without a GPU."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flash_inference.errors import PlanError
+from flash_inference.filters import ImplicitFilter
+from flash_inference.models.fused import unfused
+from flash_inference.tiling.schedule import Groups, Pricing
+from flash_inference.tiling.triangle import next_power
+
+if TYPE_CHECKING:
+    from flash_inference.models.backbone import LanguageModel
+
+GRAPH = 16
+"""Positions a graph; pairs inside them are inline."""
+NEAR = 256
+"""Largest side that is paid at once, where `flash-inference tune` has not measured it."""
+BLAS = 32 << 20
+"""What PyTorch gives cuBLAS to work in, a stream, on devices of compute capability 9."""
+NODE = 4096
+"""About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
+MARGIN = 1 << 30
+"""Left free beside the spectra: blocks that the allocator keeps between two uses, cuFFT's tables, the driver's."""
+
+
+def fits_bfloat16(weight: Tensor) -> bool:
+    """Whether bfloat16 holds every number of a matrix."""
+    return torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShape:
+    """What of a model its memory on a GPU depends on.
+
+    `channels` of all long convolutions; `hidden`: of the widest filter network, 0 without; `past`: bytes of one row's
+    other pasts; `activations`: numbers a position of a prompt; `own`: bytes of the model itself; `copies`: of weights
+    as they are streamed, where those are not the model's own; `largest`: numbers of the largest matrix.
+    """
+
+    channels: int
+    width: int
+    vocab: int
+    layers: int
+    hidden: int
+    past: int
+    activations: int
+    own: int
+    copies: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: LanguageModel, narrow: bool | None = None, rows: int | None = None) -> GpuShape:
+        """A model's; its weights may stand on the meta device if `narrow` is given.
+
+        `narrow` tells whether bfloat16 holds every matrix without loss; None looks at the values. Pasts have room for
+        `rows` positions, or all that the model allows. A model that runs by its own modules is not copied.
+        """
+        parameters, head = list(model.parameters()), model.head.weight
+        groups = [group for block in model.blocks for group in block.convolutions]
+        own = {
+            id(module) for group in groups if isinstance(group.filter, nn.Module) for module in group.filter.modules()
+        }
+        linears = [module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)]
+        matrices = [linear.weight for linear in linears if id(linear) not in own]
+        fused = unfused(model) is None
+        streamed = [*matrices, *([] if head.dtype == torch.bfloat16 else [head])] if fused else []
+        fit = [weight for weight in streamed if (fits_bfloat16(weight) if narrow is None else narrow)]
+        wide = 4 * sum(p.numel() for p in parameters) if fused and parameters[0].dtype != torch.float32 else 0
+        room = rows or model.config.length
+        pasts = sum(mixer.past_bytes(room) for block in model.blocks for mixer in block.mixers)
+        return cls(
+            channels=sum(group.filter.channels for group in groups),
+            width=model.config.width,
+            vocab=model.config.vocab_size,
+            layers=len(model.blocks),
+            hidden=max((len(g.filter.freq) for g in groups if isinstance(g.filter, ImplicitFilter)), default=0),
+            past=pasts * 4 // parameters[0].itemsize if fused else pasts,
+            activations=max(block.activations for block in model.blocks),
+            own=sum(p.nbytes for p in parameters),
+            copies=wide + 2 * sum(weight.numel() for weight in fit),
+            largest=max(weight.numel() for weight in [*matrices, head]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRunShape:
+    """What of a run its memory depends on: `prompt` positions of `length`, of `batch` rows, stored as `dtype`.
+
+    `near`, `bounded` and `pricing` are the decoder's: sides paid at once, tiles with slack or squares, chunks.
+    """
+
+    length: int
+    prompt: int = 1
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    near: int = NEAR
+    bounded: bool = True
+    pricing: Pricing = field(default_factory=Pricing)
+
+    @property
+    def lead(self) -> int:
+        """Rows before the first new position: the prompt's, up to a whole graph."""
+        return -(-self.prompt // GRAPH) * GRAPH
+
+    @property
+    def behind(self) -> int:
+        """Rows of the positions after the prompt, up to a whole graph."""
+        return -(-max(self.length - self.prompt, 1) // GRAPH) * GRAPH
+
+    @property
+    def sides(self) -> list[int]:
+        """The sides of tiles by FFT, ascending."""
+        top = next_power(self.length) // 2
+        return [self.near << q for q in range(max(0, (top // self.near).bit_length()))]
+
+    def groups(self, span: int, channels: int) -> Groups:
+        """Which channels pay which large tiles when, over so many positions behind a prompt."""
+        return Groups(span, self.near, GRAPH, channels)
+
+    def pieces(self, channels: int, width: int) -> list[range]:
+        """The channels of each part of a Relaxed square: about a layer's, for smaller workspace at hardly any cost."""
+        width = max(2, width // self.batch // 2 * 2)
+        return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
+
+    def cuts(self, channels: int, width: int) -> set[tuple[int, int]]:
+        """(size, channels) of all chunks of a run; `width` is a layer's."""
+        if not self.bounded:
+            return {(size, len(piece)) for size in self.sides for piece in self.pieces(channels, width)}
+        groups, widths = self.groups(self.length, channels), self.pricing.widths
+        tiles = {(size, len(some)) for n in range(0, self.length, self.near) for size, _, some in groups.after(n)}
+        return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), self.batch)}
+
+    def widest(self, size: int, channels: int, width: int) -> int:
+        """Channels of the widest chunk of that size."""
+        if not self.bounded:
+            return len(self.pieces(channels, width)[0])
+        most = self.groups(self.length, channels).most(size)
+        return len(self.pricing.widths(size, range(most), self.batch)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBytes:
+    """Bytes on a GPU by what they are for; `own` are the model's, which stand there before.
+
+    weights: copies as they are streamed; filters: near taps, and the filter networks' last hidden layers; spectra: of
+    the sides in `kept`; state: history and the other pasts; workspace: the most that is in flight beside all that;
+    graphs: the driver's, an estimate.
+    """
+
+    own: int
+    weights: int
+    filters: int
+    spectra: int
+    state: int
+    workspace: int
+    graphs: int
+    kept: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """What the process grows by on the device, the model's own weights aside."""
+        return self.weights + self.filters + self.spectra + self.state + self.workspace + self.graphs
+
+
+def points_at_once(channels: int, length: int) -> int:
+    """Taps x channels that are worked on at once: a 64th of the state's numbers, from 2^20 to 2^24."""
+    return min(max(channels * length >> 6, 1 << 20), 1 << 24)
+
+
+def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
+    """The bytes of a run that may keep `spectra` bytes of spectra: small sides first, since they are used most.
+
+    The most at one time is the largest of three: spectra being made, kernels being tried on scratch, and the run.
+    """
+    C, B = shape.channels, run.batch
+    near_taps = 4 * C * (2 * run.near + 1)
+    kept, used = list[int](), 0
+    for size in run.sides:
+        cost = 8 * (size + 1) * C
+        if used + cost <= spectra:
+            kept.append(size)
+            used += cost
+    rows = run.lead + run.behind
+    state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
+    small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
+    made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
+    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, 48)
+    at_once = max(_prefill(shape, run), _tile(shape, run, kept, 40))
+    if B > 1:
+        made = max(made, 8 * shape.largest)
+    return GpuBytes(
+        own=shape.own,
+        weights=shape.copies,
+        filters=near_taps + 8 * C,
+        spectra=used,
+        state=state,
+        workspace=small + BLAS + max(state + at_once, tried, made, 2 * near_taps) - state,
+        graphs=NODE * GRAPH * (4 * shape.layers + 2) * (run.near.bit_length() - GRAPH.bit_length() + 2),
+        kept=tuple(kept),
+    )
+
+
+def _taps(shape: GpuShape, points: int, hidden_rows: int) -> int:
+    """Evaluating `points` taps: an implicit filter's window is float64, its hidden layer stands beside an older one."""
+    if not shape.hidden:
+        return 8 * points
+    hidden = 4 * shape.hidden * hidden_rows
+    return max(4 * hidden, 2 * hidden + 20 * points)
+
+
+def _made(channels: int, shape: GpuShape, n: int, length: int) -> int:
+    """Making spectra of n places: taps, their padding, transform and its workspace."""
+    points = max(1, min(points_at_once(channels, length) // n, shape.width)) * n
+    return max(_taps(shape, points, n), 2 * 4 * shape.hidden * n + 16 * points)
+
+
+def _tile(shape: GpuShape, run: GpuRunShape, kept: list[int], each: int) -> int:
+    """A chunk of a tile in flight: `each` bytes a source and channel, beside the hidden layers that a prompt left.
+
+    Where a side's spectra are made anew, its own hidden layers take their place.
+    """
+    most = left = 2 * 4 * shape.hidden * run.length
+    for size in run.sides if shape.channels else ():
+        width = run.widest(size, shape.channels, shape.width)
+        points = width * run.batch * size
+        made = 24 * points + 16 * width * size + _taps(shape, 2 * width * size, 2 * size) + BLAS
+        most = max(most, each * points + left if size in kept else made)
+    return most
+
+
+def _prefill(shape: GpuShape, run: GpuRunShape) -> int:
+    """A prompt's pass: a block's activations, or half of them beside a chunk of channels being convolved.
+
+    One position needs no transform: its share of every later one is a tap.
+    """
+    total, P = run.length, run.prompt
+    points, half = points_at_once(shape.channels, total), 2 * shape.activations * P
+    if P == 1:
+        width = max(1, min(points // total, shape.width))
+        return half + _taps(shape, width * total, total) + (8 * width * total if width < shape.width else 0)
+    n = 1 << (2 * P + run.behind - 1).bit_length()
+    width = max(1, min(points // n, shape.width))
+    again = 4 * width * n if width < shape.width else 0
+    taps = _taps(shape, width * total, total) + 2 * again
+    convolved = 2 * 4 * shape.hidden * total + 4 * width * total + 16 * width * n + again
+    return max(2 * half, half + max(taps, convolved))
+
+
+def fitted(shape: GpuShape, run: GpuRunShape, free: int, name: str = "the GPU") -> GpuBytes:
+    """The bytes of a run on a device with `free` bytes, spectra in what is left. Raises PlanError if that is nothing.
+
+    The error says what would fit: a length, 16-bit state, a smaller batch.
+    """
+
+    def needed(run: GpuRunShape) -> int:
+        return gpu_bytes(shape, run, 0).total
+
+    def at(length: int) -> GpuRunShape:
+        return replace(run, length=length, prompt=min(run.prompt, length))
+
+    if needed(run) <= free:
+        return gpu_bytes(shape, run, max(0, free - needed(run) - MARGIN))
+    bare, remedies = gpu_bytes(shape, run, 0), list[str]()
+    if fits := bisect_right(range(1, run.length), free, key=lambda length: needed(at(length))):
+        remedies.append(f"{fits:,} positions")
+    if run.dtype.itemsize > 2:
+        short = torch.bfloat16
+        half = bisect_right(range(1, run.length + 1), free, key=lambda n: needed(replace(at(n), dtype=short)))
+        if half > fits:
+            remedies.append(f"{half:,} with 16-bit state (state_dtype=torch.bfloat16)")
+    if rows := bisect_right(range(1, run.batch), free, key=lambda batch: needed(replace(run, batch=batch))):
+        remedies.append(f"{rows} of the {run.batch} rows")
+    raise PlanError(
+        f"{run.batch} x {run.length:,} positions need {bare.total / 2**30:.2f} GiB ({bare.state / 2**30:.2f} GiB of "
+        f"mixer state, {bare.workspace / 2**30:.2f} GiB to work in); {free / 2**30:.2f} GiB are free on {name}. "
+        + (f"Would fit: {', or '.join(remedies)}." if remedies else "No length fits: free memory there first.")
+    )
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that a CUDA device has left, those that PyTorch keeps unused among them."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
