@@ -22,12 +22,13 @@ from flash_inference import FilterConfig, LanguageModel  # noqa: E402
 from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
 from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
 from flash_inference.errors import LengthError, NumericsError, ShapeError, TilingError  # noqa: E402
-from flash_inference.models import hyena  # noqa: E402
+from flash_inference.models import gpu, hyena  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
+from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
 from flash_inference.testing import (  # noqa: E402
     direct_bound,
@@ -652,6 +653,37 @@ def test_tiles_of_a_batch_share_their_filter(batch: int) -> None:
         tile_rows(one, rho, range(3, 19), range(19, 35), torch.tensor([0]))
         fft.pay(one, range(3, 19), range(19, 35), range(1, 4))
         assert torch.equal(history.unflatten(1, (5, batch))[..., row], one)
+
+
+@pytest.mark.parametrize(("side", "batch", "taps"), [(32, 16, 65), (64, 17, 70), (128, 16, 257)])
+def test_a_square_on_tensor_cores_is_its_direct_sum(side: int, batch: int, taps: int) -> None:
+    """All other rows are NaN and stay so; lags from `taps` on pay nothing."""
+    C, first = 3, 5
+    history = torch.full((first + 2 * side + 4, C * batch), NAN)
+    y, before, rho = torch.randn(side, batch, C), torch.randn(side, batch, C), torch.randn(C, taps)
+    history[first : first + side] = y.transpose(1, 2).flatten(1)
+    history[first + side : first + 2 * side] = before.transpose(1, 2).flatten(1)
+    whole = history.clone()
+    tile_toeplitz(history, rho, side, -16, torch.tensor([first + 16]), batch)
+    padded = torch.nn.functional.pad(rho, (0, 2 * side))
+    owed = tile_conv_oracle(y, padded, 1, side)
+    # The interpreter multiplies in float32: a sum of `side` products.
+    size = tile_conv_oracle(y.abs(), padded.abs(), 1, side)
+    bound = storage_bound(before, owed, EPS) + side * EPS * size
+    got = history[first + side : first + 2 * side].unflatten(1, (C, batch)).transpose(1, 2).double()
+    assert ((got - before.double() - owed).abs() <= bound).all()
+    history[first + side : first + 2 * side] = whole[first + side : first + 2 * side]
+    assert torch.equal(history.nan_to_num(77.0), whole.nan_to_num(77.0))
+
+
+@slow
+def test_a_batch_whose_squares_run_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MANY", 3)
+    model, prompts = model_of(length=160), [torch.randint(29, (length,)) for length in (40, 3, 17)]
+    decoder = GpuDecoder(model, 140, near=64, batch=3, batch_shapes=SMALL)
+    rows = torch.stack([torch.tensor(tokens) for tokens in GpuLoop(decoder, prompts, 98)], dim=1)
+    for prompt, tokens in zip(prompts, rows, strict=True):
+        check_greedy(model, prompt, tokens, 4)
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf])

@@ -13,6 +13,7 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
+from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.testing import storage_bound
 from flash_inference.testing.bounds import FFT_CONSTANT
@@ -168,6 +169,27 @@ def test_scratch_beyond_32_bit_offsets() -> None:
     unpack_add(out, places - 20, history, 4, 20, range(channels))
     before[4:24] *= 2
     assert torch.equal(history, before)
+
+
+@pytest.mark.parametrize("batch", [16, 17, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("side", "taps"), [(32, 65), (64, 129), (128, 200), (256, 513)])
+def test_a_square_on_tensor_cores(side: int, taps: int, dtype: torch.dtype, batch: int) -> None:
+    """All other rows are NaN and stay so; lags from `taps` on pay nothing."""
+    C, first = 13, 5
+    history = torch.full((first + 2 * side + 4, C * batch), NAN, dtype=dtype, device=CUDA)
+    history[first : first + 2 * side] = torch.randn(2 * side, C * batch, device=CUDA).to(dtype)
+    rho, whole = torch.randn(C, taps, device=CUDA), history.clone()
+    tile_toeplitz(history, rho, side, -16, torch.tensor([first + 16], device=CUDA), batch)
+    near = torch.nn.functional.pad(rho, (0, max(0, 2 * side - taps))).T.repeat_interleave(batch, dim=1)
+    y, before = whole[first : first + side], whole[first + side : first + 2 * side]
+    exact, size = owed(y, near, 1, side), owed(y.abs(), near.abs(), 1, side)
+    # Three tf32 products leave 2^-21 of each term; sums of blocks are float32.
+    bound = storage_bound(before, exact, torch.finfo(dtype).eps) + (2.0**-20 + side * EPS / 4) * size
+    got = history[first + side : first + 2 * side].double()
+    assert ((got - before.double() - exact).abs() <= bound).all()
+    history[first + side : first + 2 * side] = before
+    assert same(history, whole)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1023), (33, 4097)])

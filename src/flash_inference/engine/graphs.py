@@ -16,7 +16,6 @@ from flash_inference.engine.plan_gpu import check_gpu_tiling
 from flash_inference.engine.sampling import DeviceSampler, Sampler
 from flash_inference.errors import LengthError, NumericsError
 from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
-from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling import Rectangle, Relaxed, Tiling
 from flash_inference.tiling.schedule import Chunk, Schedule
 
@@ -117,8 +116,7 @@ class GpuLoop:
         )  # fmt: skip
         step.forward(run.history, run.pending, run.clock, offset)
         if side:
-            sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
-            tile_rows(run.history, self.decoder.near, sources, targets, run.clock[1:], self.batch)
+            self.decoder.pay_square(run, side)
         if offset + 1 == GRAPH:
             run.clock += GRAPH
 

@@ -8,8 +8,7 @@ from flash_inference.engine.plan import Plan, layer_plans
 from flash_inference.errors import ModelError, TilingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.fused import unfused
-from flash_inference.models.gpu_memory import GRAPH, NEAR, GpuRunShape, GpuShape, fitted, free_on
-from flash_inference.ops.tile_conv import measured
+from flash_inference.models.gpu_memory import GRAPH, GpuRunShape, GpuShape, fitted, free_on, near_side
 from flash_inference.tiling import Prompted, Relaxed, Staggered, Tiling
 
 
@@ -46,7 +45,7 @@ def plan_gpu(
         free, device = free_on(weight.device), torch.cuda.get_device_name(weight.device)
     shape = GpuShape.of(model, narrow)
     check_gpu_tiling(tiling, shape.channels)
-    near = max(GRAPH, measured().crossover_on(device, batch, shape.channels) or NEAR)
+    near = near_side(device, batch, shape.channels)
     length, bounded = prompt + max_new_tokens - 1, not isinstance(tiling, Relaxed)
     run = GpuRunShape(length, prompt, batch, state_dtype or torch.float32, near, bounded)
     made = fitted(shape, run, free, device)

@@ -19,21 +19,22 @@ from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_hyena import HyenaSteps
 from flash_inference.models.gpu_memory import (
     GRAPH,
-    NEAR,
+    MANY,
     GpuBytes,
     GpuRunShape,
     GpuShape,
     fitted,
     free_on,
     gpu_bytes,
+    near_side,
     points_at_once,
 )
 from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplayed
 from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
-from flash_inference.ops.tile_conv import measured
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
+from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Groups, Pricing
 
@@ -127,7 +128,8 @@ class GpuDecoder:
             self.main = torch.cuda.Stream(priority=-5)
             self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
         with torch.inference_mode(False), torch.no_grad():
-            self.near = self.padded(0, 2 * near + 1, range(self.channels)).T.contiguous()
+            taps = self.padded(0, 2 * near + 1, range(self.channels))
+            self.near, self.by_channel = taps.T.contiguous(), taps.contiguous() if batch >= MANY else None
             settings = {"near": self.near, "diagonal": filters.skip + self.near[0], "block": GRAPH}
             self.steps: GpuSteps = (
                 HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
@@ -235,6 +237,14 @@ class GpuDecoder:
             rows += later.to(self.dtype)
         return out
 
+    def pay_square(self, run: GpuRun, side: int) -> None:
+        """Pays the square behind the block of positions that `run.clock[1]` begins: directly, or on tensor cores."""
+        if self.by_channel is not None and run.batch >= MANY and SMALLEST <= side <= LARGEST:
+            tile_toeplitz(run.history, self.by_channel, side, GRAPH - side, run.clock[1:], run.batch)
+        else:
+            sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
+            tile_rows(run.history, self.near, sources, targets, run.clock[1:], run.batch)
+
     def pieces(self, batch: int) -> list[range]:
         """The channels of each part of a Relaxed square."""
         return replace(self.room, batch=batch).pieces(self.channels, self.config.width)
@@ -278,9 +288,9 @@ def unusable(weight: Tensor) -> str | None:
 
 
 def tuned_near(device: torch.device, batch: int, channels: int) -> int:
-    """The largest side to pay at once: as `flash-inference tune` measured it on this GPU, or NEAR."""
+    """The largest side to pay at once on this device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return max(GRAPH, measured().crossover_on(name, batch, channels) or NEAR)
+    return near_side(name, batch, channels)
 
 
 def gpu_decoder(
@@ -315,8 +325,7 @@ def positions(
     """
 
     def pay() -> None:
-        sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
-        tile_rows(run.history, decoder.near, sources, targets, run.clock[1:], run.batch)
+        decoder.pay_square(run, side)
 
     def beside() -> None:
         assert fork is not None

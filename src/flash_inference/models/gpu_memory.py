@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flash_inference.errors import PlanError
 from flash_inference.filters import ImplicitFilter
 from flash_inference.models.fused import unfused
+from flash_inference.ops.tile_conv import measured
 from flash_inference.tiling.schedule import Groups, Pricing
 from flash_inference.tiling.triangle import next_power
 
@@ -20,14 +21,24 @@ if TYPE_CHECKING:
 
 GRAPH = 16
 """Positions a graph; pairs inside them are inline."""
-NEAR = 256
-"""Largest side that is paid at once, where `flash-inference tune` has not measured it."""
+NEAR, NEAR_OF_MANY = 256, 128
+"""Largest side that is paid at once, of one row and of several, where `flash-inference tune` has not measured it."""
+MANY = 16
+"""Rows from which squares are paid on tensor cores, from the first taps channel by channel: fewer leave them idle."""
 BLAS = 32 << 20
 """What PyTorch gives cuBLAS to work in, a stream, on devices of compute capability 9."""
 NODE = 4096
 """About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
 MARGIN = 1 << 30
 """Left free beside the spectra: blocks that the allocator keeps between two uses, cuFFT's tables, the driver's."""
+
+
+def near_side(device: str, batch: int, channels: int) -> int:
+    """The largest side to pay at once on a GPU of that name: as `flash-inference tune` measured it, or a default.
+
+    A square of side 256 takes a batch longer than a step: its rows would stand out.
+    """
+    return max(GRAPH, measured().crossover_on(device, batch, channels) or (NEAR if batch == 1 else NEAR_OF_MANY))
 
 
 def fits_bfloat16(weight: Tensor) -> bool:
@@ -198,7 +209,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     return GpuBytes(
         own=shape.own,
         weights=shape.copies,
-        filters=near_taps + 8 * C,
+        filters=near_taps * (2 if B >= MANY else 1) + 8 * C,
         spectra=used,
         state=state,
         workspace=small + BLAS + max(state + at_once, tried, made, 2 * near_taps) - state,
