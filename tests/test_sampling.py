@@ -204,3 +204,11 @@ def test_logits_that_are_not_finite(given: Sampling, value: float) -> None:
         Sampler(given, 3, VOCAB)(logits)
     logits[1, 4] = -float("inf")
     assert Sampler(given, 3, VOCAB)(logits).shape == (3,)
+
+
+def test_drawing_without_a_seed_leaves_the_callers_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    samplers = [Sampler(Sampling(temperature=1.0), 1, 1 << 20) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    logits = torch.zeros(1, 1 << 20)
+    assert any(int(samplers[0](logits)) != int(samplers[1](logits)) for _ in range(4))

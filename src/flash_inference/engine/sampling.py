@@ -72,7 +72,7 @@ class Sampler:
         self._seen = torch.zeros(rows, vocab, dtype=torch.bool)
         for row, tokens in enumerate(self.seen):
             self._seen[row, tokens] = True
-        seed = torch.seed() if sampling.seed is None else sampling.seed
+        seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
         self._generators = [
             torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * b) % 2**63)
             for b in range(first_row, first_row + rows)
