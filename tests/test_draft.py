@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -28,8 +29,12 @@ COUNT, WIDTH = 2, 3
 
 def mixed(stack: Stack, state: StackState | StackDraft, y: Tensor) -> Tensor:
     """Outputs [B, N, M D] of all convolutions, each from its own inputs in y [B, N, M D]."""
-    of = (lambda m, y: state.mix(m, y)) if isinstance(state, StackDraft) else (lambda m, y: stack.mix(state, m, y))
+    of = partial(_drafted, state) if isinstance(state, StackDraft) else partial(stack.mix, state)
     return torch.cat([of(m, y[..., lanes]) for m, lanes in enumerate(stack.lanes)], -1)
+
+
+def _drafted(draft: StackDraft, m: int, y: Tensor) -> Tensor:
+    return draft.mix(m, y.transpose(0, 1)).transpose(0, 1)
 
 
 def extended(stack: Stack, state: StackState, y: Tensor) -> Tensor:
@@ -66,8 +71,10 @@ def tried(stack: Stack, state: StackState, data: st.DataObject, length: int, rho
                     assert ((mixed(stack, draft, y[:, here]) - exact[:, here]) * alive[:, here]).abs().max() <= EXACT
                     total += k
             accepted = data.draw(st.integers(0, total))
+            entered = 0
+            while entered < accepted:
+                entered += stack.enter(state, draft.inputs[entered:accepted])
             for i in range(accepted):
-                stack.enter(state, draft.inputs[i])
                 extended(stack, twin, y[:, at + i : at + i + 1])
             at += accepted
             assert state.clock == twin.clock == at

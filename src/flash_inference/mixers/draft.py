@@ -30,14 +30,13 @@ class StackDraft:
         self.inputs = torch.cat([self.inputs, torch.zeros_like(self.partial)])
 
     def mix(self, m: int, y: Tensor) -> Tensor:
-        """Outputs z [B, n, D] of convolution m for its inputs y [B, n, D] at the positions that `begin` opened."""
-        stack, state, n = self.stack, self.state, y.shape[1]
+        """Outputs z [n, B, D] of convolution m for its inputs y [n, B, D] at the positions that `begin` opened."""
+        stack, state, n = self.stack, self.state, len(y)
         lanes, drafted = stack.lanes[m], len(self.inputs) - n
         if state.clock + drafted < state.last_start:
             alive = stack.alive(state, drafted + n)[:, drafted:]
-            y = y * alive[..., None].to(y.dtype)
+            y = y * alive.T[..., None].to(y.dtype)
         inputs, z = self.inputs[drafted:, :, lanes], self.partial[..., lanes]
-        inputs.copy_(y.transpose(0, 1))
+        inputs.copy_(y)
         triangle_conv(inputs, stack.filter, out=z, channels=lanes)
-        z.addcmul_(stack.skip[lanes], inputs)
-        return z.transpose(0, 1).to(y.dtype)
+        return z.addcmul_(stack.skip[lanes], inputs)

@@ -302,15 +302,34 @@ class Stack:
             self.apply(state, item, store=False, ahead=sums)
         return sums
 
-    def enter(self, state: StackState, y: Tensor) -> None:
-        """One step whose inputs y [B, M * D] are known beforehand, as `begin(1)`, every `mix` and `commit(1)`."""
+    def enter(self, state: StackState, y: Tensor) -> int:
+        """Steps whose inputs y [n, B, M * D] are known beforehand, as `begin(1)`, every `mix` and `commit(1)` of each.
+
+        Takes them up to the first behind which a tile is due, at least one, and tells how many.
+        """
         self.begin(state, 1)
-        if state.staged:
-            state.inputs[state.row] = y
-        else:
-            slot = self._slot(state, state.clock)
-            state.history[:, :, slot] = y.T
-        self.commit(state, 1)
+        if not state.pushes or not state.staged:
+            if state.staged:
+                state.inputs[state.row] = y[0]
+            else:
+                slot = self._slot(state, state.clock)
+                state.history[:, :, slot] = y[0].T
+            self.commit(state, 1)
+            return 1
+        r, n, s = state.row, 1, self.filter.stride
+        most = min(len(y), state.block - r)
+        while n < most and not state.tiling.after(state.clock + n - 1):
+            n += 1
+        state.inputs[r : r + n] = y[:n]
+        for i, (out, rho, source) in enumerate(state.pushes[r : r + n]):
+            # Rows of this run are inputs by now: who reads them again reads these, not partial sums.
+            known = (n - 1 - i) // s
+            if known < len(out):
+                out[known:].addcmul_(rho[known:], source)
+        state.clock, state.paid, state.row = state.clock + n, state.clock + n - 1, r + n
+        if state.row == state.block:
+            self._flush(state)
+        return n
 
     def mix(self, state: StackState, m: int, y: Tensor) -> Tensor:
         """Outputs z [B, N, D] of convolution m for its inputs y [B, N, D] at the positions that `begin` opened."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from flash_inference.errors import LengthError, ModelError, StateError
 from flash_inference.mixers.draft import StackDraft
 from flash_inference.mixers.mixer import clone
 from flash_inference.models.block import BlockPast
+from flash_inference.ops.decode_step import BoundStep, HyenaChunk
 
 if TYPE_CHECKING:
     from flash_inference.models.decoder import Decoder, ModelState
@@ -25,6 +27,7 @@ class Draft:
     The state is not written to before `commit`: to reject a draft is to forget it, and what follows is bit for bit what
     it would have been. Convolution inputs stand in a log, each mixer works on a copy of its past, and `commit` enters
     the accepted inputs as steps do, without the model's matrices. A draft belongs to the clock that it was made at.
+    Where single positions run fused over numpy, drafts do too.
     Memory: n inputs of every convolution and mixer, and a copy of the mixers' pasts.
     Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding (2023), arXiv 2211.17192.
     """
@@ -34,26 +37,22 @@ class Draft:
         if state.stack:
             decoder.settle(state)
         self.stack = StackDraft(decoder.stack, state.stack) if decoder.stack and state.stack else None
-        self.pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
-        self.entered: list[list[Tensor]] = [[] for pasts in state.pasts for _ in pasts]
+        if state.step and self.stack and self.stack.state.step_from <= state.clock:
+            self.blocks = FusedBlocks(state.step, self.stack)
+        else:
+            self.blocks = ModuleBlocks(decoder, state, self.stack)
 
     @torch.no_grad()
     def extend(self, tokens: Tensor) -> Tensor:
         """The next tokens [B, N] -> logits [B, N, V] behind each. Raises TokenError, LengthError, StateError."""
-        model, decoder, N = self.decoder.model, self.decoder, tokens.shape[1]
+        model, N = self.decoder.model, tokens.shape[1]
         self._check_clock()
         tokens, stop = model.check_tokens(tokens), self.clock + self.length + N
         if stop > self.state.room and not self.stack:
             raise LengthError(f"drafts up to position {stop}; the state holds {self.state.room}. Draft fewer tokens.")
         if self.stack:
             self.stack.begin(N)
-        x, logs = model.embedding(tokens), iter(self.entered)
-        for index, (block, pasts) in enumerate(zip(model.blocks, self.pasts, strict=True)):
-            inputs: list[tuple[Any, Tensor]] = []
-            moment = replace(self.state.moment, clock=self.clock + self.length, entered=inputs)
-            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, decoder.first[index])))
-            for past, mixer in zip(pasts, block.mixers, strict=True):
-                next(logs).append(_entered(inputs, past, mixer))
+        x = self.blocks.extend(model.embedding(tokens), self.clock + self.length)
         self.length += N
         return model.head(model.norm(x))
 
@@ -66,28 +65,73 @@ class Draft:
         self._check_clock()
         if not 0 <= n <= self.length:
             raise StateError(f"cannot commit {n} of {self.length} drafts; expected 0 to {self.length}.")
-        state, logs = self.state, iter(self.entered)
-        for block, pasts in zip(self.decoder.model.blocks, state.pasts, strict=True):
-            for mixer, past in zip(block.mixers, pasts, strict=True):
-                inputs = next(logs)
-                if n:
-                    mixer.extend(past, torch.cat(inputs, dim=1)[:, :n], state.moment)
-        if self.stack and self.decoder.stack:
-            for inputs in self.stack.inputs[:n]:
+        self.blocks.commit(n)
+        if self.stack:
+            inputs = self.stack.inputs[:n]
+            while len(inputs):
                 if pay:
                     pay()
-                self.decoder.stack.enter(self.stack.state, inputs)
-        state.clock += n
-
-    def _mix(self, first: int, o: int, y: Tensor) -> Tensor:
-        assert self.stack is not None
-        return self.stack.mix(first + o, y)
+                inputs = inputs[self.stack.stack.enter(self.stack.state, inputs) :]
+        self.state.clock += n
 
     def _check_clock(self) -> None:
         if self.state.clock != self.clock:
             raise StateError(
                 f"the draft was made at position {self.clock} and the state is at {self.state.clock}. Make a new draft."
             )
+
+
+class ModuleBlocks:
+    """The blocks as their modules, on a copy of the mixers' pasts; what entered each mixer is kept."""
+
+    def __init__(self, decoder: Decoder, state: ModelState, stack: StackDraft | None) -> None:
+        self.decoder, self.state, self.stack = decoder, state, stack
+        self.pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
+        self.entered: list[list[Tensor]] = [[] for pasts in state.pasts for _ in pasts]
+
+    def extend(self, x: Tensor, clock: int) -> Tensor:
+        """The next positions x [B, n, D] -> [B, n, D]."""
+        decoder, logs = self.decoder, iter(self.entered)
+        for index, (block, pasts) in enumerate(zip(decoder.model.blocks, self.pasts, strict=True)):
+            inputs: list[tuple[Any, Tensor]] = []
+            moment = replace(self.state.moment, clock=clock, entered=inputs)
+            x = block.extend(x, BlockPast(pasts, moment, partial(self._mix, decoder.first[index])))
+            for past, mixer in zip(pasts, block.mixers, strict=True):
+                next(logs).append(_entered(inputs, past, mixer))
+        return x
+
+    def commit(self, n: int) -> None:
+        """Moves the state's mixers on by the first n positions."""
+        state, logs = self.state, iter(self.entered)
+        for block, pasts in zip(self.decoder.model.blocks, state.pasts, strict=True):
+            for mixer, past in zip(block.mixers, pasts, strict=True):
+                inputs = next(logs)
+                if n:
+                    mixer.extend(past, torch.cat(inputs, dim=1)[:, :n], state.moment)
+
+    def _mix(self, first: int, o: int, y: Tensor) -> Tensor:
+        assert self.stack is not None
+        return self.stack.mix(first + o, y.transpose(0, 1)).transpose(0, 1).to(y.dtype)
+
+
+class FusedBlocks:
+    """The blocks fused over numpy, as steps are, where every row has begun."""
+
+    def __init__(self, step: BoundStep, stack: StackDraft) -> None:
+        self.step, self.stack = step, stack
+        self.chunk = HyenaChunk(step.step, step.short)
+
+    def extend(self, x: Tensor, clock: int) -> Tensor:
+        """The next positions x [B, n, D] -> [B, n, D]."""
+        y = self.chunk(np.ascontiguousarray(x.transpose(0, 1).numpy()), self._mix)
+        return torch.from_numpy(y).transpose(0, 1)
+
+    def commit(self, n: int) -> None:
+        """Moves the state's short convolutions on by the first n positions."""
+        self.chunk.commit(self.step.short, n)
+
+    def _mix(self, m: int, y: np.ndarray) -> np.ndarray:
+        return self.stack.mix(m, torch.from_numpy(y)).numpy()
 
 
 def _entered(inputs: list[tuple[Any, Tensor]], past: Any, mixer: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""One position through one layer, fused: what a decode step does between the mixers."""
+"""One position, or a few, through all layers, fused: what a decode step does between the mixers."""
 
 from __future__ import annotations
 
 from flash_inference.ops.decode_step.numpy import BoundStep, HyenaStep, LayerWeights
+from flash_inference.ops.decode_step.numpy_chunk import HyenaChunk
 
-__all__ = ["BoundStep", "HyenaStep", "LayerWeights"]
+__all__ = ["BoundStep", "HyenaChunk", "HyenaStep", "LayerWeights"]

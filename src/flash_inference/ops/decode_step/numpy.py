@@ -98,7 +98,7 @@ class BoundStep:
         cuts = [slice(m * D, (m + 1) * D) for m in range(M)]
         shaped = [a.reshape(len(a), *lead, M * D) for a in (inputs, partial)]
         self.rows = [[(y[..., c], z[..., c], step.diagonal[c]) for c in cuts] for y, z in zip(*shaped, strict=True)]
-        self.shorts = [short[:, k] for k in range(short.shape[1])]
+        self.short, self.shorts = short, [short[:, k] for k in range(short.shape[1])]
         first = self.shorts[0] if self.shorts else np.broadcast_to(step.short_bias, self.u_all.shape)
         self.pending = list(first.reshape(self.u_all.shape)) if batch > 1 else [row[0] for row in first]
         weights = step.short_weight
