@@ -141,6 +141,8 @@ def test_greedy_tokens_of_every_mixer(pattern: tuple[str, ...], tiling: object) 
 class Foreseen:
     """Proposes what it was told, right up to every `period`-th token."""
 
+    foretold = None
+
     def __init__(self, tokens: Sequence[int], period: int) -> None:
         self.tokens, self.period, self.at, self.proposed = list(tokens), period, 0, 0
 
@@ -167,7 +169,7 @@ def test_any_mixture_of_right_and_wrong_proposals(pattern: tuple[str, ...], peri
         )[0]  # fmt: skip
         sampler, foreseen = Sampler(sampling, 1, 31, seen=prompt), Foreseen(wanted.tolist(), period)
         pace = Pace()
-        pace.most = lambda room, pace=pace: min(pace.length, room)  # type: ignore[method-assign]
+        pace.most = lambda room, foretold, pace=pace: min(pace.length, room)  # type: ignore[method-assign]
         tokens = speculate(
             model.decoder(), prompt, lambda logits, token=None, law=None, sampler=sampler: sampler(logits),
             foreseen, max_new_tokens=50, tiling=tiling, beside=beside, pace=pace,

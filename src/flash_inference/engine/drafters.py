@@ -32,6 +32,11 @@ class Proposal(NamedTuple):
 class Proposer(Protocol):
     """What a drafter keeps of one sequence."""
 
+    @property
+    def foretold(self) -> int | None:
+        """How many of the last tokens in a row it would have proposed; None if it does not know."""
+        ...
+
     def propose(self, most: int) -> Proposal:
         """At most so many tokens that may follow those seen; none is an answer too."""
         ...
@@ -57,7 +62,8 @@ class Drafter(Protocol):
 class PromptLookup:
     """Proposes what followed the last time that the last `ngram` tokens stood in the text, prompt included.
 
-    Where that reaches the end of the text it goes on with what it proposes itself, so that a period shorter than the
+    While that place foretells the text it is kept to, as a text may go on in several ways behind the same few tokens.
+    Where it reaches the end of the text it goes on with what it proposes itself, so that a period shorter than the
     proposal is repeated. O(1) per token seen and proposed. Nothing is drawn: tokens, sampled ones too, are those of
     plain generation with the same seed.
     Source: Saxena, Prompt Lookup Decoding (2023); Yang et al., Inference with Reference (2023), arXiv 2304.04487.
@@ -80,16 +86,20 @@ class PromptLookup:
 
 
 class Lookup:
-    """The text of one sequence, and where each run of `ngram` tokens was followed by something last."""
+    """The text of one sequence, and where each run of `ngram` tokens was followed by something last.
+
+    `source` is the place that has foretold the last tokens, `foretold` of them in a row.
+    """
 
     def __init__(self, ngram: int) -> None:
-        self.ngram = ngram
+        self.ngram, self.foretold = ngram, 0
+        self.source: int | None = None
         self.text: list[int] = []
         self.places: dict[tuple[int, ...], int] = {}
 
     def propose(self, most: int) -> Proposal:
         """What followed last time."""
-        place = self.places.get(tuple(self.text[-self.ngram :]))
+        place = self._place(tuple(self.text[-self.ngram :]))
         if place is None:
             return Proposal([])
         period = len(self.text) - place
@@ -98,9 +108,18 @@ class Lookup:
     def see(self, tokens: Sequence[int]) -> None:
         """Enters tokens into the text."""
         for token in tokens:
-            if len(self.text) >= self.ngram:
-                self.places[tuple(self.text[-self.ngram :])] = len(self.text)
+            last = tuple(self.text[-self.ngram :])
+            place = self._place(last)
+            if place is not None and self.text[place] == token:
+                self.source, self.foretold = place + 1, self.foretold + 1
+            else:
+                self.source, self.foretold = None, 0
+            if len(last) == self.ngram:
+                self.places[last] = len(self.text)
             self.text.append(token)
+
+    def _place(self, last: tuple[int, ...]) -> int | None:
+        return self.places.get(last) if self.source is None else self.source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +145,8 @@ class ModelDraft:
 
 class Apprentice:
     """The smaller model's state of one sequence, and the tokens `unread` that it has not read yet."""
+
+    foretold = None
 
     def __init__(self, model: LanguageModel, prompt: Tensor, max_new_tokens: int, sampling: Sampling, row: int) -> None:
         positions = max(max_new_tokens - 1, 1)

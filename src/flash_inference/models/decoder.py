@@ -18,7 +18,7 @@ from flash_inference.mixers.stack import Stack, StackState
 from flash_inference.models.block import BlockPast, Convolutions, common_stride
 from flash_inference.models.draft import Draft
 from flash_inference.models.fused import fused_step, pack_short
-from flash_inference.ops.decode_step import BoundStep
+from flash_inference.ops.decode_step import BoundStep, HyenaChunk
 from flash_inference.ops.memory import roomy_zeros
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Rectangle, Share, Tiling
@@ -36,8 +36,8 @@ class ModelState:
 
     `pasts[i][j]` is the past of block i's mixer j; `stack` the past of all long convolutions, None where there are
     none. `start` [B] is the clock at which each row begins, `last_start` the largest, `first_start` the smallest that
-    counts; `clock` counts the positions known, `room` those that a row's mixers' pasts were made for. `step` holds no
-    past: the fused step over this memory.
+    counts; `clock` counts the positions known, `room` those that a row's mixers' pasts were made for. `step` and `chunk`
+    hold no past: the fused step over this memory, and what drafts are read with.
     """
 
     pasts: list[list[Any]]
@@ -48,6 +48,7 @@ class ModelState:
     clock: int = 0
     stack: StackState | None = None
     step: BoundStep | None = None
+    chunk: HyenaChunk | None = None
 
     @property
     def batch(self) -> int:
@@ -70,8 +71,8 @@ class Decoder:
     """Steps a LanguageModel: `init`, then `extend` by any number of tokens; `due` and `pay` between steps.
 
     `length` positions can be run: filters are evaluated once, up to so many taps. `stack` holds the long convolutions
-    of all blocks, None where there are none. `fused` runs single positions of a Hyena model on a CPU through numpy
-    (ops.decode_step); otherwise, and for chunks, the model's own modules run.
+    of all blocks, None where there are none. `fused` runs single positions and drafts of a Hyena model on a CPU through
+    numpy (ops.decode_step); otherwise, and for chunks, the model's own modules run.
     """
 
     def __init__(self, model: LanguageModel, length: int, *, spectra_bytes: int | None = None) -> None:
@@ -116,7 +117,7 @@ class Decoder:
         pasts = [[clone(past) for past in pasts] for pasts in state.pasts]
         with torch.inference_mode(False):
             start = state.start.clone()
-        return self.bind(replace(state, pasts=pasts, start=start, stack=stack, step=None))
+        return self.bind(replace(state, pasts=pasts, start=start, stack=stack, step=None, chunk=None))
 
     def due(self, state: ModelState) -> tuple[Rectangle | Share, ...]:
         """The tiles that became payable with the last position."""

@@ -15,7 +15,7 @@ from flash_inference.errors import LengthError, ModelError, StateError
 from flash_inference.mixers.draft import StackDraft
 from flash_inference.mixers.mixer import clone
 from flash_inference.models.block import BlockPast
-from flash_inference.ops.decode_step import BoundStep, HyenaChunk
+from flash_inference.ops.decode_step import HyenaChunk
 
 if TYPE_CHECKING:
     from flash_inference.models.decoder import Decoder, ModelState
@@ -38,7 +38,8 @@ class Draft:
             decoder.settle(state)
         self.stack = StackDraft(decoder.stack, state.stack) if decoder.stack and state.stack else None
         if state.step and self.stack and self.stack.state.step_from <= state.clock:
-            self.blocks = FusedBlocks(state.step, self.stack)
+            state.chunk = state.chunk or HyenaChunk(state.step.step)
+            self.blocks = FusedBlocks(state.chunk, state.step.short, self.stack)
         else:
             self.blocks = ModuleBlocks(decoder, state, self.stack)
 
@@ -115,20 +116,24 @@ class ModuleBlocks:
 
 
 class FusedBlocks:
-    """The blocks fused over numpy, as steps are, where every row has begun."""
+    """The blocks fused over numpy, as steps are; every row has begun. The short convolutions' pasts are copied."""
 
-    def __init__(self, step: BoundStep, stack: StackDraft) -> None:
-        self.step, self.stack = step, stack
-        self.chunk = HyenaChunk(step.step, step.short)
+    def __init__(self, chunk: HyenaChunk, short: np.ndarray, stack: StackDraft) -> None:
+        self.chunk, self.known, self.short, self.stack = chunk, short, short.copy(), stack
+        self.entered: list[np.ndarray] = []
 
     def extend(self, x: Tensor, clock: int) -> Tensor:
         """The next positions x [B, n, D] -> [B, n, D]."""
-        y = self.chunk(np.ascontiguousarray(x.transpose(0, 1).numpy()), self._mix)
+        y, entered = self.chunk(x.transpose(0, 1).numpy(), self.short, self._mix)
+        self.chunk.advance(self.short, entered, x.shape[1])
+        self.entered.append(entered)
         return torch.from_numpy(y).transpose(0, 1)
 
     def commit(self, n: int) -> None:
         """Moves the state's short convolutions on by the first n positions."""
-        self.chunk.commit(self.step.short, n)
+        if n:
+            entered = self.entered[0] if len(self.entered) == 1 else np.concatenate(self.entered, axis=1)
+            self.chunk.advance(self.known, entered, n)
 
     def _mix(self, m: int, y: np.ndarray) -> np.ndarray:
         return self.stack.mix(m, torch.from_numpy(y)).numpy()
