@@ -5,6 +5,11 @@ over and over, behind which the model's greedy text soon runs in a circle of its
 and tokens drawn at temperature 1.5, so that the text hardly ever follows an earlier place. Tokens are compared before
 a time is kept. Runs take turns, and times count from the first token on; a speedup is the median of the
 ratios of neighbours. The ratio of CPU times is given beside, since it does not count the load of others.
+
+Rows of case "price" tell what a draft costs, in plain steps of the same seconds: k proposed tokens are read behind
+the newest one, then one of the k + 1 is accepted or all are, at the start of a base block; the steps are those that
+follow in the block, with the tiles that they pay. `base` and `each` are the line through the medians of drafts that
+fail, which is `engine.speculative.FUSED`.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flash_inference import PromptLookup, load, stream
+from flash_inference import LanguageModel, PromptLookup, load, stream
+from flash_inference.tiling import Blocked
 from rows import RESULTS, write
 
 REPETITIVE = "abcdefghij " * 40
@@ -31,6 +37,41 @@ def timed(**settings: Any) -> tuple[torch.Tensor, float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     tokens += steps
     return torch.stack(tokens, 1), time.perf_counter() - wall, time.process_time() - cpu
+
+
+def price(model: LanguageModel, rounds: int) -> list[dict[str, object]]:
+    """What drafts of several lengths cost, in plain steps."""
+    decoder, block = model.decoder(1 << 16), 32
+    state = decoder.init(1, Blocked(1 << 16, block=block))
+    tokens = torch.randint(32, 127, (1, block), generator=torch.Generator().manual_seed(1))
+    decoder.extend(state, tokens.repeat(1, 16))
+    kinds = [(k, accepted) for k in (7, 15, 23, 31) for accepted in (1, k + 1)]
+    costs: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for k, accepted in kinds:
+            for tile in decoder.due(state):
+                decoder.pay(state, tile)
+            start = time.perf_counter()
+            draft = decoder.draft(state)
+            draft.extend(tokens[:, : k + 1])
+            draft.commit(accepted)
+            seconds, steps = time.perf_counter() - start, list[float]()
+            while len(steps) < block // 2 or state.clock % block:
+                start = time.perf_counter()
+                for tile in decoder.due(state):
+                    decoder.pay(state, tile)
+                decoder.extend(state, tokens[:, :1])
+                steps.append(time.perf_counter() - start)
+            costs[k, accepted].append(seconds / float(np.median(steps)))
+    rows: list[dict[str, object]] = []
+    for (k, accepted), values in costs.items():
+        low, middle, high = (round(float(q), 2) for q in np.quantile(values, [0.25, 0.5, 0.75]))
+        row = {"question": "speculative", "case": "price", "proposed": k, "accepted": accepted, "steps": middle}
+        rows.append(row | {"steps_quartiles": [low, high], "repeats": rounds})
+    failed = [(k, float(np.median(costs[k, 1]))) for k in (7, 15, 23, 31)]
+    each, base = np.polyfit(*zip(*failed, strict=True), 1)
+    line = {"base": round(float(base), 2), "each": round(float(each), 3)}
+    return [*rows, {"question": "speculative", "case": "price", **line}]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,6 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
         print(rows[-1], file=sys.stderr)
+    rows += price(model, 2 if args.quick else 20)
+    for row in rows[len(cases) :]:
+        print(row, file=sys.stderr)
     if not args.quick:
         print(write("speculative", rows, args.out))
 

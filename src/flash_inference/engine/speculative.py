@@ -38,8 +38,8 @@ class Price:
 
 MODULES = Price(8, 2.0, 0.1)
 """Steps run module by module, as drafts do."""
-FUSED = Price(12, 5.0, 0.28)
-"""Steps run fused over numpy, and are many times cheaper than a pass through the modules. Measured on one core."""
+FUSED = Price(12, 5.0, 0.22)
+"""Steps run fused over numpy, and so do drafts. Measured by `benchmarks/speculative.py`, case "price", on one core."""
 
 
 class Check(Protocol):
