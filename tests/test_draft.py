@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flash_inference import LanguageModel
 from flash_inference.errors import LengthError, ModelError, StateError, TilingError
 from flash_inference.mixers import Stack, StackState
 from flash_inference.mixers.draft import StackDraft
 from flash_inference.mixers.mixer import Moment, tensors
 from flash_inference.models.decoder import Decoder, ModelState
+from flash_inference.models.draft import FusedBlocks
 from flash_inference.models.rewind import mark, rewind
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.testing import causal_conv_oracle, random_model
@@ -102,6 +104,16 @@ def test_drafts_in_a_ring_leave_no_trace(data: st.DataObject) -> None:
         stack.ahead(state, stack.chunk(tiling) + 1)
 
 
+FUSED = {
+    "order-2": random_model(2, vocab_size=31, length=LENGTH, dtype=torch.float64),
+    "order-3": random_model(3, vocab_size=31, length=LENGTH, dtype=torch.float64, short_taps=4, width=5),
+    "order-2-no-short": random_model(2, vocab_size=31, length=LENGTH, dtype=torch.float64, short_taps=1),
+}
+drafted = pytest.mark.parametrize(
+    "model", [*MODELS.values(), *FUSED.values()], ids=["-".join(p) for p in MODELS] + [*FUSED]
+)
+
+
 def same(a: ModelState, b: ModelState) -> None:
     """Every tensor of two states, and every number, is equal."""
     assert (a.clock, a.room) == (b.clock, b.room)
@@ -116,11 +128,11 @@ def same(a: ModelState, b: ModelState) -> None:
             assert torch.equal(left, right) if isinstance(left, Tensor) else left == right, name
 
 
-@patterns
+@drafted
 @settings(max_examples=4)
 @given(data=st.data())
-def test_rejected_drafts_were_never_there(pattern: tuple[str, ...], data: st.DataObject) -> None:
-    model, length = MODELS[pattern], data.draw(st.integers(2, LENGTH))
+def test_rejected_drafts_were_never_there(model: LanguageModel, data: st.DataObject) -> None:
+    length = data.draw(st.integers(2, LENGTH))
     decoder, tokens = model.decoder(), torch.randint(31, (2, length))
     start = data.draw(st.none() | st.lists(st.integers(0, length - 1), min_size=2, max_size=2).map(torch.tensor))
     state, at = decoder.init(2, data.draw(tilings(length)), start=start), 0
@@ -138,12 +150,11 @@ def test_rejected_drafts_were_never_there(pattern: tuple[str, ...], data: st.Dat
         at += n
 
 
-@patterns
+@drafted
 @settings(max_examples=4)
 @given(data=st.data())
-def test_what_is_accepted_knows_nothing_of_the_rest(pattern: tuple[str, ...], data: st.DataObject) -> None:
+def test_what_is_accepted_knows_nothing_of_the_rest(model: LanguageModel, data: st.DataObject) -> None:
     """Logits of drafts and behind them are the forward's; bits do not depend on the tokens that were taken back."""
-    model = MODELS[pattern]
     decoder, tokens = model.decoder(), torch.randint(31, (2, LENGTH))
     state, at = decoder.init(2, data.draw(tilings(LENGTH))), 0
     twin, exact = decoder.clone(state), model(tokens)
@@ -249,3 +260,39 @@ def test_the_error_of_a_bad_tiling_is_the_stacks() -> None:
     decoder.extend(state, torch.randint(64, (1, 9)))
     with pytest.raises(TilingError, match="pays lags below 4"):
         rewind(decoder, state, mark(state), Prompted(Relaxed(40, taps=4), 9))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fused_drafts_of_every_size_are_the_forward(batch: int) -> None:
+    """Two drafts of one state take turns in its scratch."""
+    model = random_model(3, dtype=torch.float64, width=24, length=LENGTH)
+    decoder, tokens = Decoder(model, LENGTH), torch.randint(64, (batch, LENGTH))
+    exact = model(tokens)
+    for n in range(1, 41):
+        state = decoder.init(batch, Blocked(LENGTH, 32))
+        decoder.extend(state, tokens[:, :37])
+        drafts = [decoder.draft(state), decoder.draft(state)]
+        assert all(isinstance(draft.blocks, FusedBlocks) for draft in drafts)
+        at = 37
+        for size in (n, 3):
+            for draft in drafts:
+                logits = draft.extend(tokens[:, at : at + size])
+                assert (logits - exact[:, at : at + size]).abs().max() <= EXACT
+            at += size
+        drafts[1].commit(n + 3)
+        logits = decoder.extend(state, tokens[:, at : at + 1])
+        assert (logits - exact[:, at]).abs().max() <= EXACT
+
+
+def test_what_overflows_behind_does_not_reach_before() -> None:
+    """A token that makes infinite inputs leaves the numbers of drafts before it alone."""
+    model = random_model(2, width=24, length=LENGTH)
+    model.embedding.weight[9] = float("nan")
+    decoder, tokens = Decoder(model, LENGTH), torch.randint(9, (1, LENGTH))
+    state = decoder.init(1, Blocked(LENGTH, 32))
+    decoder.extend(state, tokens[:, :33])
+    wanted, wrong = decoder.draft(state).extend(tokens[:, :31]), tokens[:, :31].clone()
+    for first in range(31):
+        wrong[:, first:] = 9
+        assert torch.equal(decoder.draft(state).extend(wrong)[:, :first], wanted[:, :first])
+        wrong = tokens[:, :31].clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,8 +52,10 @@ class Check(Protocol):
 class Pace:
     """How many tokens to propose: twice as many after all were accepted, few after some were not.
 
-    A proposer that knows how many tokens in a row it `foretold` is asked for as many again: runs of a text that has gone
-    on as it did before are as long before their middle as behind it.
+    A proposer that knows how many tokens s in a row it foretold is taken at its word: seen from anywhere inside it, a
+    run goes on for j more tokens with a probability of about s / (s + j). So many are proposed that the last one is
+    worth its price, s / (s + j) = `price.each`, if all of them together are worth the price of the draft.
+
     Drafts are paid from savings, in plain steps: one of k tokens costs `price.cost(k)` and saves one step for every
     token it yields. Each plain step puts `SHARE` aside, so where nothing is ever accepted drafts take this share of the
     time; savings end at `SAVED`, so that a good stretch is not spent on a bad one. Depends on what was accepted alone,
@@ -65,9 +68,13 @@ class Pace:
 
     def most(self, room: int, foretold: int | None = None) -> int:
         """The tokens to propose now, at most `room`; 0 while a draft could not gain, or if it fails not be paid."""
-        tokens = min(self.length if foretold is None else min(foretold, MOST), room)
+        if foretold is None:
+            tokens = gain = min(self.length, room)
+        else:
+            tokens = max(min(int(foretold * (1 / self.price.each - 1)), MOST, room), 0)
+            gain = foretold * math.log1p(tokens / foretold) if foretold else 0
         cost = self.price.cost(tokens)
-        return tokens if tokens + 1 > cost and self.savings >= cost - 1 else 0
+        return tokens if gain + 1 > cost and self.savings >= cost - 1 else 0
 
     def stepped(self) -> None:
         """Takes notice of a plain step."""

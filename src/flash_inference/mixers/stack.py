@@ -400,6 +400,8 @@ class Stack:
         """What a chunk of the next n positions is owed before it is read, but for pairs that steps have paid inline."""
         first, stop = state.base, state.base + state.block
         inline = state.tiling.block > 1 and state.clock >= state.tiling.origin
+        if inline and state.clock + n <= stop:
+            return
         for item in state.tiling.span(state.clock, n).before:
             tile = item.tile if isinstance(item, Share) else item
             within = tile.sources.start >= first and tile.targets.stop <= stop  # type: ignore[union-attr]

@@ -36,8 +36,8 @@ class ModelState:
 
     `pasts[i][j]` is the past of block i's mixer j; `stack` the past of all long convolutions, None where there are
     none. `start` [B] is the clock at which each row begins, `last_start` the largest, `first_start` the smallest that
-    counts; `clock` counts the positions known, `room` those that a row's mixers' pasts were made for. `step` and `chunk`
-    hold no past: the fused step over this memory, and what drafts are read with.
+    counts; `clock` counts the positions known, `room` those that a row's mixers' pasts were made for. `step` holds no
+    past: the fused step over this memory; nor does `chunk`, by which drafts run fused.
     """
 
     pasts: list[list[Any]]
