@@ -111,3 +111,35 @@ def test_only_testing_imports_hypothesis_and_nothing_imports_testing(path: Path)
 def test_public_names_exist() -> None:
     for name in flash_inference.__all__:
         assert getattr(flash_inference, name) is not None
+        assert name in dir(flash_inference)
+    with pytest.raises(AttributeError, match="module 'flash_inference' has no attribute 'generat'"):
+        flash_inference.generat  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_public_names_are_those_that_type_checkers_see() -> None:
+    """What the package imports for type checkers is what it imports when asked, from the same places."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    branch = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in branch.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == flash_inference._HOMES
+    assert sorted(seen) == sorted(flash_inference.__all__)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import flash_inference",
+        "import flash_inference.tiling",
+        "from flash_inference import __version__",
+        "from flash_inference.cli import main\ntry: main(['--help'])\nexcept SystemExit: print()",
+        "from flash_inference.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: print()",
+    ],
+)
+def test_help_needs_no_torch(statement: str) -> None:
+    assert not loaded_by(statement) & {"torch", "numpy"}
+
+
+def test_parts_of_the_package_are_there_without_importing_them() -> None:
+    assert "torch" in loaded_by(
+        "import flash_inference; flash_inference.tiling, flash_inference.engine, flash_inference.load"
+    )
