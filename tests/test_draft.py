@@ -284,6 +284,19 @@ def test_fused_drafts_of_every_size_are_the_forward(batch: int) -> None:
         assert (logits - exact[:, at]).abs().max() <= EXACT
 
 
+def test_drafts_in_and_out_of_inference_mode_share_scratch() -> None:
+    model = random_model(2, dtype=torch.float64, width=24, length=LENGTH)
+    decoder, tokens = Decoder(model, LENGTH), torch.randint(64, (1, LENGTH))
+    state = decoder.init(1, Blocked(LENGTH, 32))
+    decoder.extend(state, tokens[:, :33])
+    with torch.inference_mode():
+        first = decoder.draft(state)
+        logits = first.extend(tokens[:, 33:43])
+        first.commit(2)
+    assert torch.equal(decoder.draft(state).extend(tokens[:, 35:45])[:, :0], logits[:, :0])
+    assert (decoder.extend(state, tokens[:, 35:36]) - model(tokens[:, :36])[:, -1]).abs().max() <= EXACT
+
+
 def test_what_overflows_behind_does_not_reach_before() -> None:
     """A token that makes infinite inputs leaves the numbers of drafts before it alone."""
     model = random_model(2, width=24, length=LENGTH)

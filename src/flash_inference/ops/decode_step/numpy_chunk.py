@@ -64,7 +64,7 @@ class HyenaChunk:
             flat += b_out
             self._product(w1, self._norm(*norm2), self.g)
             self.g += b1[:, None]
-            gelu_(self.hidden, approximate="tanh")
+            gelu_(torch.from_numpy(self.g), approximate="tanh")
             flat += self._product(w2, self.g, self.t).T[: n * B]
             flat += b2
         return flat.reshape(n, B, D), entered
@@ -86,13 +86,13 @@ class HyenaChunk:
             self.x, self.y = (np.zeros((rows, D), dtype) for _ in range(2))
             self.s, self.spare = (np.empty((rows, wide), dtype) for _ in range(2))
             self.u, self.t, self.g = (np.empty((width, rows), dtype) for width in (wide, D, step.inner))
-            self.hidden, self.rows = torch.from_numpy(self.g), rows
+            self.rows = rows
 
     def _product(self, pieces: list[Piece], x: Array, out: Array) -> Array:
-        """W x for x [in, rows], as out [out, rows]."""
-        many = self.rows > 1
+        """W x for x [in, rows], as out [out, rows]; each piece of W is fetched before it is multiplied."""
+        several = self.rows > 1
         for w, lines, rows in pieces:
-            if many:
+            if several:
                 np.maximum.reduce(lines)
             np.dot(w, x, out[rows])
         return out

@@ -13,13 +13,13 @@ from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
 from flash_inference.ops.tile_conv.paired import triangle_conv_paired
 from flash_inference.ops.tile_conv.threads import threads_for
 
-DIRECT_SIDE = 32
+DIRECT_SIDE, SQUARES_SIDE = 24, 32
 
 
 def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: slice = slice(None)) -> None:
     """out[j] += sum over i <= j of y[i] rho[j - i] for y, out [N, B, C], filter channels `channels`, lag 0 included.
 
-    Direct up to 32 positions, by FFT above: O(N log N) per channel, in pieces of about 1 MiB. A filter with a stride
+    Direct up to 24 positions (32 on a CPU), by FFT above: O(N log N) per channel, in pieces of about 1 MiB. A filter with a stride
     pays one triangle for each remainder of positions.
     """
     y, s = y.to(filter.rho.dtype), filter.stride
@@ -34,7 +34,7 @@ def _triangle(y: Tensor, filter: PreparedFilter, out: Tensor, channels: slice) -
     """The triangle of positions that lie `filter.stride` apart: tap k is paid k places on."""
     N, B, C = y.shape
     start, stop, _ = channels.indices(filter.channels)
-    if N <= DIRECT_SIDE and y.device.type == "cpu":
+    if N <= SQUARES_SIDE and y.device.type == "cpu":
         _squares(y, filter, out, channels)
         return
     if N <= DIRECT_SIDE:
@@ -56,7 +56,7 @@ def _squares(y: Tensor, filter: PreparedFilter, out: Tensor, channels: slice) ->
     """The triangle as squares of side 1, 2, 4, ..: in every 2s positions the first s pay the last s.
 
     All squares of a side are one sum with the channels innermost, where numpy's einsum runs at the speed of the first
-    cache; a depthwise convolution takes two to five times as long here.
+    cache; a depthwise convolution takes two to three times as long for few positions, and a half more for 32.
     """
     N, B, C = y.shape
     side = 1 << (N - 1).bit_length()
