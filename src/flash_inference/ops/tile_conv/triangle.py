@@ -19,8 +19,8 @@ DIRECT_SIDE, SQUARES_SIDE = 24, 32
 def triangle_conv(y: Tensor, filter: PreparedFilter, *, out: Tensor, channels: slice = slice(None)) -> None:
     """out[j] += sum over i <= j of y[i] rho[j - i] for y, out [N, B, C], filter channels `channels`, lag 0 included.
 
-    Direct up to 24 positions (32 on a CPU), by FFT above: O(N log N) per channel, in pieces of about 1 MiB. A filter with a stride
-    pays one triangle for each remainder of positions.
+    Direct up to 24 positions (32 on a CPU), by FFT above: O(N log N) per channel, in pieces of about 1 MiB. A filter
+    with a stride pays one triangle for each remainder of positions.
     """
     y, s = y.to(filter.rho.dtype), filter.stride
     if s == 2 and y.shape[0] > DIRECT_SIDE and y.shape[0] % 2 == 0:
