@@ -267,6 +267,37 @@ def test_drafts_grow_while_they_come_true_and_are_left_out_where_they_cannot_gai
     assert pace.savings <= SAVED
 
 
+@pytest.mark.parametrize("price", [MODULES, FUSED], ids=["modules", "fused"])
+def test_drafts_are_as_long_as_the_run_that_was_foretold_makes_worthwhile(price: Price) -> None:
+    pace, begun = Pace(price), None
+    for foretold in range(100):
+        tokens = pace.most(100, foretold)
+        gain = sum(foretold / (foretold + j) for j in range(1, tokens + 1))
+        begun = foretold if tokens and begun is None else begun
+        if tokens:
+            assert gain + 2 > price.cost(tokens)
+            assert tokens == MOST or foretold / (foretold + tokens) >= price.each
+        else:
+            assert begun is None
+        assert pace.most(-1, foretold) == pace.most(0, foretold) == 0
+    assert begun is not None
+    assert begun < 12
+
+
+def test_lookup_keeps_to_the_place_that_foretells() -> None:
+    """Behind 1 2 stands 3 in one half of the period and 4 in the other: the last place alone is wrong each time."""
+    lookup, period = Lookup(2), [1, 2, 3, 1, 2, 4]
+    lookup.see(period * 2)
+    for token in period * 3:
+        assert lookup.propose(1).tokens == [token]
+        lookup.see([token])
+    assert lookup.foretold >= 3 * len(period)
+    assert lookup.propose(7).tokens == [*period, 1]
+    lookup.see([9])
+    assert lookup.foretold == 0
+    assert lookup.propose(3).tokens == []
+
+
 def test_what_cannot_draft_says_so() -> None:
     model, prompt = random_model(length=64), torch.randint(64, (2, 8))
     with pytest.raises(SettingError, match=r"a stream with draft= has one row, and this one 2\."):

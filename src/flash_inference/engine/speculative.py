@@ -68,11 +68,13 @@ class Pace:
 
     def most(self, room: int, foretold: int | None = None) -> int:
         """The tokens to propose now, at most `room`; 0 while a draft could not gain, or if it fails not be paid."""
+        if foretold == 0:
+            return 0
         if foretold is None:
             tokens = gain = min(self.length, room)
         else:
             tokens = max(min(int(foretold * (1 / self.price.each - 1)), MOST, room), 0)
-            gain = foretold * math.log1p(tokens / foretold) if foretold else 0
+            gain = foretold * math.log1p(tokens / foretold)
         cost = self.price.cost(tokens)
         return tokens if gain + 1 > cost and self.savings >= cost - 1 else 0
 
