@@ -99,7 +99,7 @@ class Lookup:
 
     def propose(self, most: int) -> Proposal:
         """What followed last time."""
-        place = self._place(tuple(self.text[-self.ngram :]))
+        place = self.places.get(tuple(self.text[-self.ngram :])) if self.source is None else self.source
         if place is None:
             return Proposal([])
         period = len(self.text) - place
@@ -107,19 +107,17 @@ class Lookup:
 
     def see(self, tokens: Sequence[int]) -> None:
         """Enters tokens into the text."""
+        text, ngram, places = self.text, self.ngram, self.places
         for token in tokens:
-            last = tuple(self.text[-self.ngram :])
-            place = self._place(last)
-            if place is not None and self.text[place] == token:
+            last = tuple(text[-ngram:])
+            place = places.get(last) if self.source is None else self.source
+            if place is not None and text[place] == token:
                 self.source, self.foretold = place + 1, self.foretold + 1
             else:
                 self.source, self.foretold = None, 0
-            if len(last) == self.ngram:
-                self.places[last] = len(self.text)
-            self.text.append(token)
-
-    def _place(self, last: tuple[int, ...]) -> int | None:
-        return self.places.get(last) if self.source is None else self.source
+            if len(text) >= ngram:
+                places[last] = len(text)
+            text.append(token)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
