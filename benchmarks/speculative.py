@@ -4,8 +4,8 @@ The shipped model "shakespeare" at batch 1 against plain decoding of the same pr
 over and over, behind which the model's greedy text soon runs in circles of its own, one after another. Dialogue: two
 speeches over and over, behind which it repeats two lines of its own. Random: letters drawn at random, and tokens drawn
 at temperature 1.5, so that the text hardly ever follows an earlier place. Tokens are compared before a time is kept.
-Runs take turns, and times count from the first token on; a speedup is the median of the ratios of neighbours. The ratio
-of CPU times is given beside, since it does not count the load of others.
+The two take turns token by token, and times count from the first token on; a speedup is the median of the runs' ratios.
+The ratio of CPU times is given beside, since it does not count the load of others.
 
 Rows of case "price" tell what a draft costs, in plain steps of the same seconds: k proposed tokens are read behind
 the newest one, then one of the k + 1 is accepted or all are, at the start of a base block; the steps are those that
@@ -32,13 +32,19 @@ REPETITIVE = "abcdefghij " * 40
 DIALOGUE = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 6
 
 
-def timed(**settings: Any) -> tuple[torch.Tensor, float, float]:
-    """Tokens, seconds of the clock and of the processor from the first token to the last."""
-    steps = stream(**settings)
-    tokens = [next(steps)]
-    wall, cpu = time.perf_counter(), time.process_time()
-    tokens += steps
-    return torch.stack(tokens, 1), time.perf_counter() - wall, time.process_time() - cpu
+def raced(run: dict[str, Any]) -> tuple[bool, np.ndarray]:
+    """Whether plain and drafted tokens are equal, and [2, 2]: their seconds, and those of the processor, without the
+    first token. They take turns token by token, so that a noisy moment meets both.
+    """
+    streams = [stream(**run), stream(**run, draft=PromptLookup())]
+    made: list[list[torch.Tensor]] = [[next(steps)] for steps in streams]
+    spent = np.zeros((2, 2))
+    for n in range(run["max_new_tokens"] - 1):
+        for which in ((0, 1), (1, 0))[n % 2]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            made[which].append(next(streams[which]))
+            spent[which] += time.perf_counter() - wall, time.process_time() - cpu
+    return torch.equal(torch.stack(made[0], 1), torch.stack(made[1], 1)), spent
 
 
 def price(model: LanguageModel, rounds: int) -> list[dict[str, object]]:
@@ -95,16 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, object]] = []
     for case, settings in cases.items():
         run = {"model": model, "max_new_tokens": new, **settings}
-        plain, drafted = [], []
+        times: list[np.ndarray] = []
         for repeat in range(repeats + 1):
-            one, *slow = timed(**run)
-            two, *fast = timed(**run, draft=PromptLookup())
-            if not torch.equal(one, two):
+            same, spent = raced(run)
+            if not same:
                 sys.exit(f"{case}: tokens differ from plain decoding; nothing is reported.")
             if repeat or args.quick:
-                plain.append(slow)
-                drafted.append(fast)
-        before, after = np.array(plain), np.array(drafted)
+                times.append(spent)
+        before, after = np.array(times).transpose(1, 0, 2)
         ratios = before / after
         wall = np.quantile(ratios[:, 0], [0, 0.5, 1])
         rows.append(

@@ -40,8 +40,8 @@ class Price:
 MODULES = Price(8, 2.0, 0.1)
 """Steps run module by module, as drafts do."""
 FUSED = Price(12, 4.0, 0.2)
-"""Steps run fused over numpy, and so do drafts. Measured by `benchmarks/speculative.py`, case "price", on one core: from
-2.6 and 0.10 where the core has its caches to itself to 4.8 and 0.27 where others use them too."""
+"""Steps run fused over numpy, and so do drafts. Measured by `benchmarks/speculative.py`, case "price", on one core:
+from 2.6 and 0.10 on a quiet host to 4.8 and 0.27 on a busy one."""
 
 
 class Check(Protocol):
