@@ -31,6 +31,7 @@ from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpa
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
 from flash_inference.testing import (  # noqa: E402
+    FFT_CONSTANT,
     direct_bound,
     fft_bound,
     greedy_differences,
@@ -166,13 +167,20 @@ def test_what_is_packed_comes_back() -> None:
     assert torch.equal(history, before)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (5, 257)])
-def test_multiply(shape: tuple[int, int]) -> None:
-    y, rho = (torch.randn(shape, dtype=torch.complex64) for _ in range(2))
-    exact = y.to(torch.complex128) * rho
-    multiply(y, rho)
-    # A real part is a sum of 2 products: one rounding a product, one an addition, eps / 2 each.
-    assert ((y - exact).abs() <= 4 * EPS * exact.abs()).all()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 256)])
+def test_multiply(shape: tuple[int, int], batch: int) -> None:
+    """Real sequences of 2 V places as V complex numbers, against their cyclic products in float64."""
+    channels, V = shape
+    x, r = torch.randn(channels * batch, 2 * V), torch.randn(channels, 2 * V)
+    z = torch.fft.fft(torch.view_as_complex(x.unflatten(1, (V, 2))))
+    fft = TileFFT(V, lambda first, stop, cut: r[:, first:stop])
+    multiply(z, fft.spectrum(range(channels)), fft.turns(z.device), batch)
+    got = torch.view_as_real(torch.fft.ifft(z, norm="forward")).flatten(1)
+    each = r.double().repeat_interleave(batch, dim=0)
+    exact = torch.fft.irfft(torch.fft.rfft(x.double()) * torch.fft.rfft(each), n=2 * V)
+    bound = FFT_CONSTANT * EPS * math.log2(4 * V) * x.double().norm(dim=1) * each.norm(dim=1)
+    assert ((got - exact).abs() <= bound[:, None]).all()
 
 
 def check_fft(size: int, sources: int, targets: int, lag: int, channels: range, kept: bool) -> None:

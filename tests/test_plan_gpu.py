@@ -11,7 +11,7 @@ import flash_inference as fi
 from flash_inference.engine.plan_gpu import plan_gpu
 from flash_inference.errors import ModelError, PlanError, TilingError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.gpu_memory import GRAPH, GpuRunShape, GpuShape, fitted, gpu_bytes
+from flash_inference.models.gpu_memory import GRAPH, GpuRunShape, GpuShape, fitted, gpu_bytes, near_side
 from flash_inference.models.stu import STUConfig
 from flash_inference.testing import random_model
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Staggered
@@ -125,12 +125,12 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     ) as caught:
         plan_gpu(model, max_new_tokens=1 << 20, batch=2, free=78 * GIB, device="H", narrow=True)
     words = str(caught.value).replace(",", "").split("Would fit: ")[1].split()
-    shape, run = GpuShape.of(model, narrow=True), GpuRunShape(int(words[0]), batch=2)
-    assert fitted(shape, run, 78 * GIB).total <= 78 * GIB
+    shape, near = GpuShape.of(model, narrow=True), near_side("H", 2, 36 * 768)
+    assert fitted(shape, GpuRunShape(int(words[0]), batch=2, near=near), 78 * GIB).total <= 78 * GIB
     with pytest.raises(PlanError):
-        fitted(shape, GpuRunShape(int(words[0]) + 1, batch=2), 78 * GIB)
+        fitted(shape, GpuRunShape(int(words[0]) + 1, batch=2, near=near), 78 * GIB)
     assert int(words[3]) > int(words[0])
-    fitted(shape, GpuRunShape(int(words[3]), batch=2, dtype=torch.bfloat16), 78 * GIB)
+    fitted(shape, GpuRunShape(int(words[3]), batch=2, near=near, dtype=torch.bfloat16), 78 * GIB)
 
 
 def test_where_nothing_fits_it_is_said() -> None:

@@ -18,6 +18,7 @@ from flash_inference.models.block import BlockPast
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_hyena import HyenaSteps
 from flash_inference.models.gpu_memory import (
+    CHUNK,
     GRAPH,
     MANY,
     GpuBytes,
@@ -272,6 +273,10 @@ class GpuDecoder:
             with torch.cuda.stream(self.back if self.bounded else self.main):
                 for size, channels in sorted(cuts):
                     self.ffts[size].warm(run.history, channels, batch)
+                if self.bounded and cuts:
+                    # Left with the allocator in one piece, so that no chunk of a run has to ask the driver for memory.
+                    most = max(size * channels for size, channels in cuts)
+                    torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)
         torch.cuda.synchronize()
 
 

@@ -29,6 +29,8 @@ BLAS = 32 << 20
 """What PyTorch gives cuBLAS to work in, a stream, on devices of compute capability 9."""
 NODE = 4096
 """About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
+CHUNK = 64
+"""Bytes a source and channel that are held for chunks of tiles: twice what one has in flight, against fragments."""
 MARGIN = 1 << 30
 """Left free beside the spectra: blocks that the allocator keeps between two uses, cuFFT's tables, the driver's."""
 
@@ -202,8 +204,8 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
-    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, 48)
-    at_once = max(_prefill(shape, run), _tile(shape, run, kept, 40))
+    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, CHUNK if run.bounded else 40)
+    at_once = max(_prefill(shape, run), _tile(shape, run, kept, 32))
     if B > 1:
         made = max(made, 8 * shape.largest)
     return GpuBytes(

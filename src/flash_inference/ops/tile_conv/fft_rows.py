@@ -40,12 +40,17 @@ def _unit(*numbers: int) -> int:
     return 1 if any(number % 4 for number in numbers) else 4
 
 
-def multiply(y: Tensor, rho: Tensor, batch: int = 1) -> None:
-    """y *= rho: complex, contiguous, one pass. y is [c batch, n], rho [c, n], each row for `batch` neighbours."""
-    n, places = y.numel(), y.shape[-1]
-    _multiply[(triton.cdiv(n, 1024),)](
-        torch.view_as_real(y), torch.view_as_real(rho), n, places, SIZE=1024, BATCH=batch, num_warps=8
-    )
+def multiply(z: Tensor, rho: Tensor, turns: Tensor, batch: int = 1) -> None:
+    """Multiplies real sequences by others while they stand as half as many complex numbers: one pass, in place.
+
+    z [c batch, V] is the FFT of sequences of 2 V real numbers taken as pairs; afterwards its unscaled inverse FFT gives
+    the pairs of their cyclic products with the sequences whose rfft [c, V + 1] is `rho`, divided by 2 V by whoever made
+    it; each row of it is for `batch` neighbours. `turns` [V // 2 + 1] is exp(-i pi k / V).
+    """
+    half = z.shape[1] // 2 + 1
+    size = min(512, triton.next_power_of_2(half))
+    views = (torch.view_as_real(t) for t in (z, rho, turns))
+    _multiply[(len(z) * triton.cdiv(half, size),)](*views, half, z.shape[1], SIZE=size, BATCH=batch, num_warps=4)
 
 
 class TileFFT:
@@ -53,12 +58,15 @@ class TileFFT:
 
     Sources lie at the first S places, targets at those behind; between them stand the taps rho[lag : lag + 2 V].
     `taps(first, stop, channels)` gives rho as [c, stop - first], zeros past the end. `prepare` makes spectra that are
-    kept; others are made when needed. Float32; error about eps log2(2 V) ||y|| ||rho||.
+    kept; others are made when needed. Real circles are transformed as V complex numbers, so that nothing but the two
+    transforms, one product and the moves to and from time-major rows passes over them. Float32; error about
+    eps log2(2 V) ||y|| ||rho||.
     """
 
     def __init__(self, size: int, taps: Callable[[int, int, range], Tensor], lag: int = 0) -> None:
         self.size, self.taps, self.lag = size, taps, lag
         self._spectra: Tensor | None = None
+        self._turns: Tensor | None = None
 
     def prepare(self, channels: int, piece: int) -> None:
         """Keeps the spectra for all channels: 8 (V + 1) bytes each. Made `piece` at a time."""
@@ -69,11 +77,19 @@ class TileFFT:
             self._spectra[c : c + piece] = made
 
     def spectrum(self, channels: range) -> Tensor:
-        """rfft of rho[lag : lag + 2 V] for some channels [c, V + 1]."""
+        """rfft of rho[lag : lag + 2 V] over 2 V, for some channels [c, V + 1]."""
         return self._make(channels) if self._spectra is None else self._spectra[channels.start : channels.stop]
 
     def _make(self, channels: range) -> Tensor:
-        return torch.fft.rfft(self.taps(self.lag, self.lag + 2 * self.size, channels), n=2 * self.size)
+        n = 2 * self.size
+        return torch.fft.rfft(self.taps(self.lag, self.lag + n, channels), n=n, norm="forward")
+
+    def turns(self, device: torch.device) -> Tensor:
+        """exp(-i pi k / V) for k = 0 .. V // 2, from float64."""
+        if self._turns is None:
+            k = torch.arange(self.size // 2 + 1, dtype=torch.float64, device=device)
+            self._turns = torch.polar(torch.ones_like(k), -torch.pi / self.size * k).to(torch.complex64)
+        return self._turns
 
     def pay(self, history: Tensor, sources: range, targets: range, channels: range, batch: int = 1) -> None:
         """Adds to targets what sources owe them; history [rows, C batch], `channels` are of the filter."""
@@ -86,9 +102,12 @@ class TileFFT:
         lanes = range(channels.start * batch, channels.stop * batch)
         places = torch.empty(len(lanes), n, device=history.device)
         pack(history, sources.start, S, lanes, places)
-        spectra = torch.fft.rfft(places)
-        multiply(spectra, self.spectrum(channels), batch)
-        unpack_add(torch.fft.irfft(spectra, n=n), S, history, targets.start, T, lanes)
+        unpack_add(self._circle(places, self.spectrum(channels), batch), S, history, targets.start, T, lanes)
+
+    def _circle(self, places: Tensor, rho: Tensor, batch: int) -> Tensor:
+        z = torch.fft.fft(torch.view_as_complex(places.unflatten(1, (-1, 2))))
+        multiply(z, rho, self.turns(places.device), batch)
+        return torch.view_as_real(torch.fft.ifft(z, norm="forward")).flatten(1)
 
     def warm(self, history: Tensor, channels: int, batch: int) -> None:
         """Runs all that `pay` runs on zeros, so that nothing is compiled, planned or allocated later."""
@@ -96,25 +115,43 @@ class TileFFT:
         lanes = range(channels * batch)
         places = torch.empty(len(lanes), n, device=history.device)
         pack(history, 0, some, lanes, places)
-        y = torch.fft.rfft(places)
-        multiply(y, y[:channels].clone(), batch)
-        unpack_add(torch.fft.irfft(y, n=n), self.size, history, 0, some, lanes)
+        rho = torch.zeros(channels, self.size + 1, dtype=torch.complex64, device=history.device)
+        unpack_add(self._circle(places, rho, batch), self.size, history, 0, some, lanes)
 
 
 # What differs from chunk to chunk is not specialised: to compile a kernel anew stops a run for a tenth of a second.
 
 
-@triton.jit(do_not_specialize=["n"])
-def _multiply(y, rho, n, places, SIZE: tl.constexpr, BATCH: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    pair = 2 * at[:, None] + tl.arange(0, 2)[None, :]
-    shared = pair
-    if BATCH > 1:
-        shared = 2 * (at // places // BATCH * places + at % places)[:, None] + tl.arange(0, 2)[None, :]
-    inside = (at < n)[:, None]
-    a, b = tl.split(tl.load(y + pair, inside, 0.0))
-    c, d = tl.split(tl.load(rho + shared, inside, 0.0))
-    tl.store(y + pair, tl.join(a * c - b * d, a * d + b * c), inside)
+@triton.jit
+def _multiply(z, rho, turns, half, V, SIZE: tl.constexpr, BATCH: tl.constexpr):
+    """X[k] = E + w O and X[V - k] = conj(E - w O), with 2 E = z[k] + conj z[V - k] and 2 i O = z[k] - conj z[V - k]."""
+    parts = tl.cdiv(half, SIZE)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    k = tl.program_id(0) % parts * SIZE + tl.arange(0, SIZE)
+    known, both = (k < half)[:, None], tl.arange(0, 2)[None, :]
+    near = z + row * 2 * V + 2 * k[:, None] + both
+    far = z + row * 2 * V + 2 * tl.where(k == 0, 0, V - k)[:, None] + both
+    low = rho + row // BATCH * 2 * (V + 1) + 2 * k[:, None] + both
+    high = rho + row // BATCH * 2 * (V + 1) + 2 * (V - k)[:, None] + both
+    a, b = tl.split(tl.load(near, known, 0.0))
+    c, d = tl.split(tl.load(far, known, 0.0))
+    cosine, sine = tl.split(tl.load(turns + 2 * k[:, None] + both, known, 0.0))
+    e, f = a + c, b - d
+    # w O, doubled as E is
+    g, h = b + d, c - a
+    g, h = g * cosine - h * sine, g * sine + h * cosine
+    p, q = tl.split(tl.load(low, known, 0.0))
+    r, s = tl.split(tl.load(high, known, 0.0))
+    x, y = e + g, f + h
+    u, v = x * p - y * q, x * q + y * p
+    x, y = e - g, h - f
+    m, n = x * r - y * s, x * s + y * r
+    # The products' E and w O, with the factor 1 / 2 that the doubled sums leave.
+    e, f = 0.5 * (u + m), 0.5 * (v - n)
+    g, h = 0.5 * (u - m), 0.5 * (v + n)
+    g, h = g * cosine + h * sine, h * cosine - g * sine
+    tl.store(near, tl.join(e - h, f + g), known)
+    tl.store(far, tl.join(e + h, g - f), known)
 
 
 @triton.jit(do_not_specialize=["start", "n", "first", "count"])
