@@ -234,46 +234,33 @@ def batch_table(rows: list[dict[str, object]]) -> str:
 
 
 PARTS = {
-    "mix": "norm, input projection, short filter, mixer",
+    "mix": "norm, input projection, short filter, mixer's row",
     "out": "output projection",
     "fc1": "norm, first MLP matrix, GELU",
     "fc2": "second MLP matrix",
     "head": "head",
-    "rest": "choice of the token, and the rest",
+    "rest": "choice of the token, and what no kernel alone accounts for",
     "tiles": "tiles of all mixers",
 }
 
 
-def step_parts(batch: int) -> dict[str, float]:
-    """Microseconds of a step by what they go to: kernels alone, the rest of the step without tiles, the tiles."""
-    from flash_inference.ops.decode_step.triton_batch import BatchShapes
-
-    shapes, parts = BatchShapes.fit(batch), dict[str, float]()
-    (run,) = (row for row in read("gpu_batch") if row["name"] == "batch" and row["batch"] == batch)
-    (bare,) = (row for row in read("gpu_batch") if row["name"] == "step without tiles" and row["batch"] == batch)
-    for row in read("gpu_shapes"):
-        if row["batch"] == batch:
-            name = row["kernel"]
-            tile = shapes.head_batch if name == "head" else shapes.batch
-            shape = [*getattr(shapes, name), tile]
-            (time,) = (time for time, tried, _ in row["best"] if tried == shape)
-            parts[name] = time * (1 if name == "head" else run["layers"])
-    parts["rest"] = bare["us"] - sum(parts.values())
-    parts["tiles"] = run["us_per_step"] - bare["us"]
-    return parts
+def step_parts(row: dict[str, object], runs: dict[int, dict[str, object]]) -> dict[str, float]:
+    """Microseconds of a step by what they go to: what it is faster without a kind of kernel, the rest, the tiles."""
+    costs, step = row["costs_us"], row["step_us"]
+    return {**costs, "rest": step - sum(costs.values()), "tiles": runs[row["batch"]]["us_per_step"] - step}
 
 
-def step_plot(path: Path) -> None:
-    """Where a batched step's time goes."""
+def step_plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Where a step's time goes, by rows of the batch."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7.2, 2.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 3.3), layout="constrained")
     colours = ["#2e4057", "#5b8e9f", "#66a182", "#8fbf9f", "#edae49", "#cccccc", "#d1495b"]
-    batches = [8, 32]
-    left = [0.0] * len(batches)
-    found = [step_parts(batch) for batch in batches]
+    runs = {row["batch"]: row for row in read("gpu_batch") if row["name"] == "batch"}
+    names = ["1 row" if row["batch"] == 1 else f"{row['batch']} rows" for row in rows]
+    left, found = [0.0] * len(rows), [step_parts(row, runs) for row in rows]
     for (name, label), colour in zip(PARTS.items(), colours, strict=True):
-        widths = [parts[name] for parts in found]
-        axes.barh([f"{batch} rows" for batch in batches], widths, left=left, color=colour, label=label)
+        widths = [max(0.0, parts[name]) for parts in found]
+        axes.barh(names, widths, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set(xlabel="microseconds a step")
     axes.set_title("Order-2 Hyena, D = 768, 18 layers, 16,384 tokens a row, one H100", fontsize=10)
@@ -394,8 +381,8 @@ def main(argv: list[str] | None = None) -> None:
         length_plot(rows, ROOT / "docs/images/cpu_length.svg")
     if read("gpu_decode"):
         gpu_plot(ROOT / "docs/images/gpu_decode.svg")
-    if read("gpu_batch"):
-        step_plot(ROOT / "docs/images/gpu_step.svg")
+    if rows := read("gpu_step"):
+        step_plot(rows, ROOT / "docs/images/gpu_step.svg")
     plots = {"gpu_tiles": tiles_plot, "gpu_latency": latency_plot, "gpu_memory": memory_plot}
     for name, plot in plots.items():
         if rows := read(name):
