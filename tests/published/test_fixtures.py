@@ -44,6 +44,9 @@ def test_steps_are_the_other_program_s_forward(name: str) -> None:
 
 
 def test_greedy_tokens_are_the_other_program_s() -> None:
-    model, expected = fi.load(FIXTURES / "multimolecule"), load_file(FIXTURES / "multimolecule" / "expected.safetensors")
+    model, expected = (
+        fi.load(FIXTURES / "multimolecule"),
+        load_file(FIXTURES / "multimolecule" / "expected.safetensors"),
+    )
     tokens = fi.generate(model, expected["ids"][:1, :9], max_new_tokens=60, stop_tokens=())
     assert torch.as_tensor(tokens)[0, -60:].tolist() == expected["greedy"].tolist()
