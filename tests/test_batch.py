@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_inference import LanguageModel, generate
-from flash_inference.engine.batch import PATIENCE, Engine, endless
+from flash_inference.engine.batch import PATIENCE, Engine
+from flash_inference.engine.batch_host import endless
 from flash_inference.engine.plan import WORKSPACE, filter_bytes
 from flash_inference.engine.request import Request, Status
 from flash_inference.errors import (
@@ -285,26 +286,26 @@ def test_a_long_prompt_is_read_beside_the_rows_within_its_budget(model: Language
 @models
 def test_a_prefix_is_read_once_for_all_that_begin_with_it(model: LanguageModel) -> None:
     engine = Engine(model, slots=3, new_tokens=NEW, length=LENGTH)
-    read, extend = [], engine.decoder.extend
+    read, extend = [], engine.batch.reader.extend
     prefix = engine.prefix(prompt_of(20, 0))
 
     def counted(state: Any, tokens: Tensor) -> Tensor:
-        read.append(tokens.shape[1] if state is not engine.state else 0)
+        read.append(tokens.shape[1] if state is not engine.batch.state else 0)
         return extend(state, tokens)
 
-    engine.decoder = engine.queue.decoder = copy.copy(engine.decoder)
-    engine.decoder.extend = counted  # type: ignore[method-assign]
+    engine.batch.reader = engine.queue.decoder = copy.copy(engine.batch.reader)
+    engine.batch.reader.extend = counted  # type: ignore[method-assign]
     suffixes = [None, None, prompt_of(5, 1), prompt_of(1, 2), None, prompt_of(9, 3)]
     requests = [submit(engine, suffix, max_new_tokens=12, prefix=prefix) for suffix in suffixes]
     engine.run()
     assert sum(read) == 20 + 5 + 1 + 9
     for request, suffix in zip(requests, suffixes, strict=True):
         check(model, request, torch.cat([prompt_of(20, 0), *([] if suffix is None else [suffix])]))
-    held = engine.nbytes - engine.state.nbytes
+    held = engine.nbytes - engine.batch.state.nbytes
     assert held == row_bytes(model, 20) == prefix.nbytes
     del prefix
     gc.collect()
-    assert engine.nbytes == engine.state.nbytes
+    assert engine.nbytes == engine.batch.state.nbytes
     with pytest.raises(StateError, match=r"the prefix is another engine's; make it with this engine's prefix\(\)\."):
         engine.submit([1], max_new_tokens=2, prefix=Engine(model, slots=1, new_tokens=2, length=8).prefix([1]))
 
@@ -366,7 +367,7 @@ def test_a_thousand_cancels_leave_memory_flat() -> None:
             row = request.row
             engine.cancel(request)
             assert request.row is None
-            assert row is None or engine._rows[row] is None
+            assert row is None or engine.batch.requests[row] is None
         for request in alive:
             engine.cancel(request)
         engine.run()
@@ -374,7 +375,7 @@ def test_a_thousand_cancels_leave_memory_flat() -> None:
 
     held = traffic(50)
     before = tensor_bytes()
-    assert traffic(1000) == held == engine.state.nbytes
+    assert traffic(1000) == held == engine.batch.state.nbytes
     assert tensor_bytes() <= before
 
 
@@ -409,7 +410,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated_and_the_others_
         PlanError, match=r"2 slots for 30 new tokens each need .* 1 slots would fit, or more with fewer"
     ):
         Engine(model, slots=2, new_tokens=NEW, length=LENGTH, memory=fixed - 1)
-    with pytest.raises(ShapeError, match=r"slots is 0 and prefill is 512; expected at least 1 of each\."):
+    with pytest.raises(ShapeError, match=r"slots is 0 and prefill is None; expected at least 1 of each\."):
         Engine(model, slots=0, new_tokens=NEW)
     with pytest.raises(LengthError, match=r"pays lags below 16; rows of 30 new tokens need as many\. Build it with"):
         Engine(model, slots=1, new_tokens=NEW, tiling=Blocked(None, taps=16))
@@ -426,7 +427,7 @@ def test_requests_wait_for_the_bytes_that_others_hold() -> None:
     while not engine.idle:
         engine.step()
         assert len(engine.running) <= 1
-        assert engine.nbytes - engine.state.nbytes <= room
+        assert engine.nbytes - engine.batch.state.nbytes <= room
     for n, request in enumerate(requests):
         check(model, request, prompt_of(30, n))
     prefix = engine.prefix(prompt_of(25, 0))
@@ -441,9 +442,9 @@ def test_requests_wait_for_the_bytes_that_others_hold() -> None:
 @models
 def test_bytes_are_known_before_they_are_taken(model: LanguageModel) -> None:
     engine = Engine(model, slots=2, new_tokens=NEW, length=LENGTH)
-    assert engine.state.nbytes == 2 * slot_bytes(model, engine.tiling, LENGTH)
+    assert engine.batch.state.nbytes == 2 * slot_bytes(model, engine.batch.tiling, LENGTH)
     for positions in (1, 32, 33):
-        assert engine.decoder.init(1, Blocked(positions)).nbytes == row_bytes(model, positions)
+        assert engine.batch.reader.init(1, Blocked(positions)).nbytes == row_bytes(model, positions)
 
 
 @models
@@ -507,13 +508,13 @@ def test_an_engine_goes_on_bit_for_bit_from_a_restored_or_forked_state(
             engine.step()
         if changed and way == "restored":
             path = tmp_path_factory.mktemp("state") / "state"
-            save_state(engine.decoder, engine.state, path)
-            engine.state = load_state(engine.decoder, path)
+            save_state(engine.batch.reader, engine.batch.state, path)
+            engine.batch.state = load_state(engine.batch.reader, path)
         elif changed and way == "cloned":
-            left, engine.state = engine.state, engine.decoder.clone(engine.state)
+            left, engine.batch.state = engine.batch.state, engine.batch.reader.clone(engine.batch.state)
             left.start.zero_()
         elif changed:
-            engine.state = fork(engine.decoder, engine.state, range(SLOTS))
+            engine.batch.state = fork(engine.batch.reader, engine.batch.state, range(SLOTS))
         engine.run()
         runs.append([(request.tokens, logits_of(request)) for request in requests])
     for (tokens, logits), (other_tokens, other_logits) in zip(*runs, strict=True):
@@ -526,12 +527,12 @@ def test_a_corrupted_state_is_refused_by_name(tmp_path: Any) -> None:
     engine.submit([1, 2], max_new_tokens=9)
     engine.step()
     path = tmp_path / "rows.state"
-    save_state(engine.decoder, engine.state, path)
+    save_state(engine.batch.reader, engine.batch.state, path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(StateError, match=r"rows\.state is damaged: its sha256 is not the one written in it"):
-        load_state(engine.decoder, path)
+        load_state(engine.batch.reader, path)
 
 
 @models
@@ -540,9 +541,9 @@ def test_a_row_that_leaves_is_what_it_would_be_alone(model: LanguageModel) -> No
     request = submit(engine, prompt_of(7, 0), max_new_tokens=25)
     for _ in range(12):
         engine.step()
-    decoder = engine.decoder
+    decoder = engine.batch.reader
     assert request.prefix is not None
-    out = leave(decoder, engine.state, request.row, request.prefix.state)
+    out = leave(decoder, engine.batch.state, request.row, request.prefix.state)
     tokens = torch.cat([prompt_of(7, 0), torch.tensor(request.tokens[:-1])])
     alone = decoder.init(1, Blocked(len(tokens)))
     decoder.extend(alone, tokens[None])

@@ -118,7 +118,7 @@ class TapedLoop(GpuLoop):
 
     def launch(self) -> None:
         n = self.launched * GRAPH
-        self._boundary_now(n)
+        self._boundary(n)
         side = self._side(n + GRAPH)
         if side in self.recorded:
             self.recorded[side].replay()

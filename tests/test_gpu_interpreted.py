@@ -216,6 +216,23 @@ def test_tile_by_fft_is_its_direct_sum(lag: int, kept: bool) -> None:
     check_fft(16, 25, 7, lag, range(7), kept)
 
 
+@pytest.mark.parametrize("first", [0, 3, 15, 24, 30, 40])
+def test_a_tile_on_a_ring(first: int) -> None:
+    """The same numbers as on a long history, where sources, the gap or targets stand across the ring's end."""
+    rho, ring = torch.randn(5, 60), 44
+    fft = TileFFT(16, lambda begin, stop, cut: rho[cut.start : cut.stop, begin:stop], 4)
+    sources, targets = range(first, first + 16), range(first + 20, first + 36)
+    long, short = torch.full((90, 10), NAN), torch.full((ring + 6, 10), NAN)
+    for some in (sources, targets):
+        for i in some:
+            long[i] = short[i % ring] = torch.randn(10)
+    fft.pay(long, sources, targets, range(1, 4), 2)
+    fft.pay(short, sources, targets, range(1, 4), 2, ring)
+    for some in (sources, targets):
+        assert torch.equal(long[some.start : some.stop], torch.stack([short[i % ring] for i in some]))
+    assert short.isnan().all(1).sum() == ring + 6 - 32
+
+
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_tile_by_fft_of_any_side(size: int) -> None:
     check_fft(size, size, size, size, range(1, 7), True)

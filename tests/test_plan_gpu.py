@@ -154,3 +154,17 @@ def test_other_models_and_unknown_devices_are_named() -> None:
     stu = LanguageModel(STUConfig(vocab_size=20, width=8, layers=1, length=64))
     with pytest.raises(ModelError, match="Hyena"):
         plan_gpu(stu, max_new_tokens=10, free=GIB)
+
+
+@pytest.mark.parametrize(
+    ("lives", "near"), [(1, 16), (17, 16), (18, 16), (100, 16), (257, 256), (258, 256), (8000, 256)]
+)
+def test_a_ring_holds_what_tiles_read_and_write(lives: int, near: int) -> None:
+    """All that is read or written while a tile waits for a near-block, and a row's own life."""
+    run = GpuRunShape(16_000, near=near, lives=lives)
+    assert not run.ring % near
+    assert run.ring >= lives + near * bool(run.top)
+    for n in range(near, 4 * max(run.top, near), near):
+        tiles = [tile for _, tile, _ in run.groups(None, 2048).after(n)]
+        assert all(tile.targets.stop - tile.sources.start + near <= run.ring for tile in tiles)
+        assert (run.top > 0) == bool(tiles)

@@ -72,6 +72,25 @@ def test_groups_pay_what_their_tilings_say(channels: int, span: int, near: int) 
                 assert [got[c]] == large if c in got else not large
 
 
+@given(
+    channels=channel_counts, taps=st.integers(1, 5000), near=st.sampled_from((16, 32, NEAR)), first=st.integers(0, 50)
+)
+def test_groups_of_a_clock_without_end(channels: int, taps: int, near: int, first: int) -> None:
+    """Each channel gets its own group's tiles, wherever the clock stands; sides reach as far as rows live."""
+    groups = Groups(None, near, EVERY, channels, taps)
+    assert not groups.sizes or near <= taps - 1 <= 2 * groups.sizes[-1]
+    for n in range(first * near + near, (first + 5) * near, near):
+        got = {}
+        for size, tile, some in groups.after(n):
+            assert len(tile.sources) + len(tile.targets) <= 2 * size
+            assert len(some) <= groups.most(size)
+            got |= {c: tile for c in some}
+        for group, tiling in enumerate(groups.tilings):
+            large = [tile for tile in tiling.after(n - 1) if tile.slack]
+            for c in range(group * groups.width, min((group + 1) * groups.width, channels)):
+                assert [got[c]] == large if c in got else not large
+
+
 @pytest.mark.parametrize("channels", [13_824, 2048])
 def test_every_block_has_as_much_to_do(channels: int) -> None:
     """Up to the sides of which one group is paid at a time."""

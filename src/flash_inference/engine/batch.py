@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flash_inference.engine.decode import BLOCK, LONG_RUN, NEAR, PREFILL_CHUNK
+from flash_inference.engine.batch_host import HostBatch
+from flash_inference.engine.decode import PREFILL_CHUNK, on_graphs
 from flash_inference.engine.generate import Stops
-from flash_inference.engine.plan import WORKSPACE, filter_bytes, free_memory
 from flash_inference.engine.prefix import Prefix
 from flash_inference.engine.prompts import Prompt, as_rows, check_room, is_text
-from flash_inference.engine.queue import GIB, Queue
+from flash_inference.engine.queue import Queue
 from flash_inference.engine.request import Event, Request, Status
 from flash_inference.engine.sampling import Sampler, Sampling
-from flash_inference.errors import FlashInferenceError, LengthError, NumericsError, PlanError, ShapeError, StateError
+from flash_inference.errors import FlashInferenceError, LengthError, ShapeError, StateError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.rows import enter, leave, open_rows, period, slot_bytes, vacate
-from flash_inference.tiling import Blocked, Separated, Spread, Tiling
+from flash_inference.tiling import Tiling
 
-EVERY = 32
+if TYPE_CHECKING:
+    from flash_inference.engine.batch_gpu import GpuBatch
+
 PATIENCE = 256
 
 
@@ -36,8 +37,9 @@ class Engine:
     A request is alone in what it computes: for the same clock of joining modulo `period` its numbers are the same, bit
     for bit, in any row, with any neighbours, in an engine of as many slots; at any other, within rounding.
 
-    A step reads at most `prefill` positions of prompts, in pieces of as many at most, lets in who is ready, and makes
-    one token for each row. Turns: a request of priority p stands before those that came up to p * PATIENCE steps
+    A step reads at most `prefill` positions of prompts, in pieces of as many at most (default 512, on a GPU 2,048),
+    lets in who is ready, and makes one token for each row. On a GPU it makes 16, which come some steps later
+    (`batch_gpu.GpuBatch`). Turns: a request of priority p stands before those that came up to p * PATIENCE steps
     earlier with priority 0; equals go in the order of submission. So nobody waits for ever.
 
     `memory` bounds the bytes of all that, the weights aside (default: what is free now). Raises PlanError if the slots
@@ -52,52 +54,45 @@ class Engine:
         new_tokens: int,
         length: int | None = None,
         memory: int | None = None,
-        prefill: int = 512,
+        prefill: int | None = None,
         tiling: Tiling | None = None,
     ) -> None:
-        if slots < 1 or prefill < 1:
+        if slots < 1 or (prefill is not None and prefill < 1):
             raise ShapeError(f"slots is {slots} and prefill is {prefill}; expected at least 1 of each.")
         check_room(model, 1, new_tokens)
-        self.model, self.slots, self.prefill = model, slots, min(prefill, PREFILL_CHUNK)
+        self.model, self.slots = model, slots
         self.length = model.config.length if length is None else length
         check_room(model, self.length - new_tokens, new_tokens)
-        self.tiling = endless(new_tokens) if tiling is None else tiling
         self.new_tokens = new_tokens
-        if self.tiling.taps is not None and self.tiling.taps < new_tokens:
-            raise LengthError(
-                f"{self.tiling!r} pays lags below {self.tiling.taps}; rows of {new_tokens} new tokens need as many. "
-                f"Build it with taps={new_tokens} or more."
-            )
-        self.period = period(model, self.tiling, self.length)
-        free = free_memory() if memory is None else memory
-        self.memory = 1 << 62 if free is None else free
-        self.fixed = self._check_slots()
-        self.decoder = model.decoder(self.length)
-        self.state = open_rows(self.decoder, slots, self.tiling, self.length)
-        self.queue = Queue(self.decoder, self.memory - self.fixed)
+        self.batch = open_batch(model, slots, new_tokens, self.length, tiling, memory)
+        self.prefill = min(prefill or self.batch.piece, PREFILL_CHUNK)
+        self.queue = Queue(self.batch.reader, self.batch.left)
         self.steps = self.submitted = 0
-        self._tokens = torch.zeros(slots, 1, dtype=torch.long)
-        self._rows: list[Request | None] = [None] * slots
 
     @property
     def clock(self) -> int:
-        """The batch's common time: it moves on by one with every step that has a row."""
-        return self.state.clock
+        """The batch's common time: with every step that has a row it moves on by one, on a GPU by 16."""
+        return self.batch.clock
+
+    @property
+    def period(self) -> int:
+        """Clocks after which all that depends on the clock of joining repeats."""
+        return self.batch.period
 
     @property
     def running(self) -> list[Request]:
         """The requests that have a row, in the order of the rows."""
-        return [request for request in self._rows if request is not None]
+        return self.batch.running
 
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not len(self.queue) and not any(self._rows)
+        return not len(self.queue) and not self.batch.busy
 
     @property
     def nbytes(self) -> int:
         """Bytes held now: the rows, and the prompts of what waits and runs."""
-        return self.state.nbytes + self.queue.held
+        return self.batch.nbytes + self.queue.held
 
     def prefix(self, tokens: Prompt) -> Prefix:
         """Tokens that several requests begin with, to be read once: `submit(prompt, prefix=...)`.
@@ -149,7 +144,7 @@ class Engine:
         """Reads prompts within the budget, lets in who is ready, and makes a token for every row."""
         self.steps += 1
         events = self._read() + self._join()
-        if any(self._rows):
+        if self.batch.busy:
             events += self._tick()
         return events
 
@@ -173,9 +168,8 @@ class Engine:
         if request.status not in (Status.WAITING, Status.RUNNING):
             raise StateError(f"request {request.number} is {request.status}; only one that waits or runs can pause.")
         if request.row is not None:
+            state = self.batch.leave(request)
             assert request.prefix is not None
-            assert request.prefix.state is not None
-            state = leave(self.decoder, self.state, request.row, request.prefix.state)
             made = request.tokens[len(request.prefix) - state.clock - 1 : -1]
             past = Prefix(torch.cat([request.prefix.tokens, torch.tensor(made, dtype=torch.long)]), self.prefill)
             past.state = state
@@ -188,18 +182,6 @@ class Engine:
         if request.status is not Status.PAUSED:
             raise StateError(f"request {request.number} is {request.status}; only a paused one can resume.")
         self.queue.add(request)
-
-    def _check_slots(self) -> int:
-        """Bytes that the engine takes before any request, the weights aside."""
-        each = slot_bytes(self.model, self.tiling, self.length)
-        shared = WORKSPACE + filter_bytes(self.model, self.length, self.tiling)
-        if shared + self.slots * each > self.memory:
-            raise PlanError(
-                f"{self.slots} slots for {self.new_tokens} new tokens each need "
-                f"{(shared + self.slots * each) / GIB:.2f} GiB; {self.memory / GIB:.2f} GiB are there. "
-                f"{max(self.memory - shared, 0) // max(each, 1)} slots would fit, or more with fewer new tokens."
-            )
-        return shared + self.slots * each
 
     def _prefix(self, prompt: Prompt, prefix: Prefix | None) -> Prefix:
         """The past that a request begins with: a prompt's, a prefix's, or a prompt's behind a prefix."""
@@ -218,7 +200,8 @@ class Engine:
 
     def _read(self) -> list[Event]:
         """Reads prompts for the rows that are free and for the next one that will be."""
-        refused = self.queue.read(self.prefill, 1 + self._rows.count(None), not any(self._rows))
+        with self.batch.reading():
+            refused = self.queue.read(self.prefill, 1 + self.batch.requests.count(None), not self.batch.busy)
         return [self._fail(*refused)] if refused else []
 
     def _join(self) -> list[Event]:
@@ -226,7 +209,7 @@ class Engine:
         events: list[Event] = []
         for request in self.queue:
             prefix = request.prefix
-            if None not in self._rows:
+            if None not in self.batch.requests:
                 break
             if prefix is None or not prefix.ready:
                 continue
@@ -236,41 +219,21 @@ class Engine:
                 assert prefix.logits is not None
                 events.append(self._take(request, int(request.sampler(prefix.logits[None]))))
             if not request.ended:
-                self._enter(request, prefix)
+                self._enter(request)
         return events
 
-    def _enter(self, request: Request, prefix: Prefix) -> None:
-        assert prefix.state is not None
-        row = self._rows.index(None)
-        enter(self.decoder, self.state, row, prefix.state, request.left)
+    def _enter(self, request: Request) -> None:
+        row = self.batch.requests.index(None)
         self.queue.remove(request)
-        self._rows[row] = request
         request.row, request.joined, request.status = row, self.clock, Status.RUNNING
-        self._tokens[row, 0] = request.tokens[-1]
-        self._see_starts()
+        self.batch.enter(row, request)
 
     def _tick(self) -> list[Event]:
-        """One token for every row."""
-        device = self.model.embedding.weight.device
-        logits = self.decoder.extend(self.state, self._tokens.to(device)).cpu()
-        best = logits.max(-1)
-        finite = cast("list[bool]", best.values.isfinite().tolist())  # pyright: ignore[reportUnknownMemberType]
-        indices = cast("list[int]", best.indices.tolist())  # pyright: ignore[reportUnknownMemberType]
+        """The tokens of the rows that have some."""
         events: list[Event] = []
-        for row, request in enumerate(self._rows):
-            if request is None:
-                continue
-            if not finite[row]:
-                message = (
-                    f"the logits of request {request.number} are not finite after {len(request.tokens)} new tokens "
-                    f"(largest is {float(best.values[row])}). Check the weights and the filter for NaN or overflow."
-                )
-                events.append(self._fail(request, NumericsError(message)))
-                continue
-            plain = request.sampler.sampling.plain
-            token = indices[row] if plain else int(request.sampler(logits[row : row + 1]))
-            self._tokens[row, 0] = token
-            events.append(self._take(request, token))
+        for request, made in self.batch.tick():
+            if not request.ended:
+                events.append(self._take(request, made) if isinstance(made, int) else self._fail(request, made))
         return events
 
     def _take(self, request: Request, token: int) -> Event:
@@ -293,21 +256,16 @@ class Engine:
         self.queue.remove(request)
         if request.row is not None:
             row, request.row = request.row, None
-            self._rows[row] = None
-            self._tokens[row, 0] = 0
-            vacate(self.state, row)
-            self._see_starts()
-
-    def _see_starts(self) -> None:
-        """The starts that count are those of rows in use."""
-        starts = [int(self.state.start[row]) for row, request in enumerate(self._rows) if request is not None]
-        self.state.first_start = min(starts, default=self.clock)
-        self.state.last_start = max(starts, default=self.clock)
+            if self.batch.requests[row] is request:
+                self.batch.vacate(row)
 
 
-def endless(new_tokens: int) -> Tiling:
-    """The tiling for rows that live up to `new_tokens` positions: Blocked for few, else Separated + Spread."""
-    cap = max(1 << (new_tokens - 1).bit_length(), BLOCK)
-    if cap <= LONG_RUN:
-        return Blocked(None, taps=cap, block=BLOCK)
-    return Spread(Separated(None, near=NEAR, block=BLOCK, taps=cap), every=EVERY)
+def open_batch(
+    model: LanguageModel, slots: int, new_tokens: int, length: int, tiling: Tiling | None, memory: int | None
+) -> HostBatch | GpuBatch:
+    """The rows of an engine: graphs on a GPU that can replay the model's steps, PyTorch's operations elsewhere."""
+    if on_graphs(model):
+        from flash_inference.engine.batch_gpu import GpuBatch
+
+        return GpuBatch.fitted(model, slots, new_tokens, length, tiling, memory)
+    return HostBatch(model, slots, new_tokens, length, tiling, memory)

@@ -76,20 +76,28 @@ def decoder_for(
     both. Where the GPU lacks the kernels, or they do not know the model, a warning says why, and PyTorch's operations
     run instead.
     """
-    device = model.embedding.weight.device
-    if device.type == "cuda":
-        try:
-            from flash_inference.models import gpu
-        except ImportError as error:
-            reason = f"{error}; pip install triton"
-        else:
-            reason = gpu.unusable(model.embedding.weight) or gpu.unreplayed(model)
-            if reason is None:
-                latency = "relaxed" if isinstance(tiling, Relaxed) else "bounded"
-                read = max(length - 1, prompt)  # the last new token is never read
-                return gpu.gpu_decoder(model, read, latency, batch, prompt, dtype or torch.float32)
-        warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=3)
+    if on_graphs(model):
+        from flash_inference.models.gpu import gpu_decoder
+
+        latency = "relaxed" if isinstance(tiling, Relaxed) else "bounded"
+        read = max(length - 1, prompt)  # the last new token is never read
+        return gpu_decoder(model, read, latency, batch, prompt, dtype or torch.float32)
     return model.decoder(length)
+
+
+def on_graphs(model: LanguageModel) -> bool:
+    """Whether the model is on a GPU that can replay its steps; a warning says why if it is on one and cannot."""
+    if model.embedding.weight.device.type != "cuda":
+        return False
+    try:
+        from flash_inference.models import gpu
+    except ImportError as error:
+        reason = f"{error}; pip install triton"
+    else:
+        reason = gpu.unusable(model.embedding.weight) or gpu.unreplayed(model)
+    if reason is not None:
+        warnings.warn(f"the GPU's kernels are not used: {reason}. PyTorch's operations run instead.", stacklevel=4)
+    return reason is None
 
 
 def decode(

@@ -216,7 +216,8 @@ class Stops:
     ) -> None:
         self.pad = model.config.pad_token
         chosen = model.config.stop_tokens if stop_tokens is None else stop_tokens
-        self.tokens = torch.tensor([int(token) for token in chosen], dtype=torch.long)
+        self.ids = frozenset(int(token) for token in chosen)
+        self.tokens = torch.tensor(sorted(self.ids), dtype=torch.long)
         for token in chosen:
             if not 0 <= token < model.config.vocab_size:
                 raise TokenError(

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash_inference.engine.graph_clock import AHEAD, GraphClock
 from flash_inference.engine.plan_gpu import check_gpu_tiling
 from flash_inference.engine.sampling import DeviceSampler, Sampler
 from flash_inference.errors import LengthError, NumericsError
-from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
-from flash_inference.tiling import Rectangle, Relaxed, Tiling
-from flash_inference.tiling.schedule import Chunk, Schedule
-
-AHEAD = 8
-"""Graphs that the host may launch before it has seen their tokens."""
+from flash_inference.models.gpu import GRAPH, GpuDecoder
+from flash_inference.tiling import Tiling
 
 
-class GpuLoop:
-    """Sequences in flight: iterate over their tokens, or give each by `advance`.
+class GpuLoop(GraphClock):
+    """Sequences in flight that began together: iterate over their tokens, or give each by `advance`.
 
     prompt [P] is one sequence, whose tokens are ints; prompts [B, P], or a list of B rows of any lengths, are a batch
     on one clock, whose tokens are arrays [B]. `draw` makes tokens [B] from logits [B, V] on the device, in what a graph
     can capture; None takes the largest. `mixing=False` leaves the tiles out: the same work without them, for
-    measurements. `schedule.forced` counts chunks that ran only because they were due.
+    measurements.
     """
 
     def __init__(
@@ -38,17 +33,18 @@ class GpuLoop:
     ) -> None:  # fmt: skip
         self.single = isinstance(prompt, Tensor) and prompt.ndim == 1
         prompts: list[Tensor] = [prompt] if isinstance(prompt, Tensor) and self.single else list(prompt)
-        longest, self.batch = max(len(row) for row in prompts), len(prompts)
+        longest, batch = max(len(row) for row in prompts), len(prompts)
         if longest + new - 1 > decoder.length:
             raise LengthError(
                 f"a prompt of {longest} and {new} new tokens need {longest + new - 1} positions; "
                 f"the decoder has {decoder.length}. Shorten the prompt, or ask for fewer new tokens."
             )
-        self.decoder, self.new, self.graphs = decoder, new, graphs
-        self.mixing = mixing and decoder.channels > 0
-        self.device = decoder.device
-        self.step, self.draw, self.generators = decoder.step_of(self.batch), draw, generators
-        self.run = decoder.init(longest, max(new - 1, 1), self.batch)
+        run = decoder.init(longest, max(new - 1, 1), batch)
+        super().__init__(
+            decoder, run, decoder.step_of(batch), run.rows - run.lead, graphs=graphs, mixing=mixing, draw=draw,
+            generators=generators,
+        )  # fmt: skip
+        self.new, self.count, self.position = new, (run.rows - run.lead) // GRAPH, 0
         self.logits = self._prefill(prompts)
         finite = torch.isfinite(self.logits.max(-1).values)
         if not finite.all():
@@ -59,18 +55,7 @@ class GpuLoop:
         first = self.logits.argmax(-1) if draw is None else draw(self.logits)
         self.first = first.cpu().numpy()
         self._embed(first)
-        span = self.run.rows - self.run.lead
-        self.groups = decoder.groups(span)
-        self.tiling = self.groups.tilings[0] if decoder.bounded else Relaxed(span)
-        self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
-        self.count = span // GRAPH
-        self.launched = self.position = 0
-        self.late = 0
-        self._captured: dict[tuple[int | None, int], torch.cuda.CUDAGraph] = {}
-        if self.device.type == "cuda":
-            self.main, self.side, self.back = decoder.main, decoder.side, decoder.back
-            self._ends: list[tuple[int, Any]] = []
-            self._paced: deque[Any] = deque()
+        if self.cuda:
             torch.cuda.synchronize()
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
@@ -98,11 +83,11 @@ class GpuLoop:
         n, offset = divmod(self.position, GRAPH)
         self.position += 1
         side = self._side((n + 1) * GRAPH) if offset + 1 == GRAPH else 0
-        with torch.cuda.stream(self.main) if self.device.type == "cuda" else nullcontext():
+        with self.on("main"):
             if not offset:
-                (self._boundary if self.device.type == "cuda" else self._boundary_now)(n * GRAPH)
+                self._boundary(n * GRAPH)
             self.step.token.copy_(tokens)
-            if self.graphs and n and self.device.type == "cuda":
+            if self.graphs and n and self.cuda:
                 self._graph((offset, side), lambda: self._one(offset, side)).replay()
             else:
                 self._one(offset, side)
@@ -120,23 +105,12 @@ class GpuLoop:
         if offset + 1 == GRAPH:
             run.clock += GRAPH
 
-    def close(self) -> None:
-        """Waits for what the device still does on this sequence's memory."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def prepare(self) -> None:
         """Captures every graph that the run will replay; otherwise each is captured when it is first needed."""
-        if self.device.type == "cuda" and self.graphs:
-            with torch.cuda.stream(self.main):
+        if self.cuda and self.graphs:
+            with self.on("main"):
                 for side in sorted({self._side(n * GRAPH) for n in range(1, self.count + 1)}):
                     self._sixteen(side)
-
-    def pace(self) -> None:
-        """Waits until no more than AHEAD graphs are in flight, for callers who do not read the tokens."""
-        self._paced.append(self.main.record_event())
-        if len(self._paced) > AHEAD:
-            self._paced.popleft().synchronize()
 
     def __iter__(self) -> Iterator[Any]:
         """The tokens, as the device makes them.
@@ -175,101 +149,6 @@ class GpuLoop:
                     "weights and the filter for NaN or overflow."
                 )
             yield tokens
-
-    def launch(self) -> None:
-        """Releases the chunks of this boundary and launches the next graph."""
-        n = self.launched * GRAPH
-        if self.device.type != "cuda":
-            self._boundary_now(n)
-            positions(self.decoder, self.step, self.run, self._side(n + GRAPH), None, self.draw)
-        else:
-            with torch.cuda.stream(self.main):
-                if self.mixing:
-                    self._boundary(n)
-                side = self._side(n + GRAPH)
-                if self.graphs:
-                    self._sixteen(side).replay()
-                else:
-                    positions(self.decoder, self.step, self.run, side, self.side, self.draw)
-        self.launched += 1
-
-    def _side(self, n: int) -> int:
-        """The side of the square that is paid at once when n positions behind the prompt are known; 0 for none."""
-        if not self.mixing or n >= self.run.rows - self.run.lead:
-            return 0
-        sides = [len(tile.sources) for tile in self.tiling.after(n - 1) if not tile.slack]
-        return max((side for side in sides if side <= self.decoder.near_side), default=0)
-
-    def _chunks(self, n: int) -> list[Chunk]:
-        """The chunks of the large tiles that become ready when n positions are known."""
-        tiles = self.groups.after(n) if self.mixing else ()
-        cut = self.pricing.cut
-        return [chunk for size, tile, some in tiles for chunk in cut(size, tile, some, GRAPH, self.batch)]
-
-    def _large(self, n: int) -> list[Rectangle]:
-        """The large Relaxed squares that become ready when n positions are known."""
-        if n <= 0 or not self.mixing:
-            return []
-        return [tile for tile in self.tiling.after(n - 1) if len(tile.sources) > self.decoder.near_side]
-
-    def _boundary_now(self, n: int) -> None:
-        if self.decoder.bounded:
-            for chunk in self._chunks(n):
-                self._pay(chunk)
-        else:
-            for tile in self._large(n):
-                self._pay_square(tile)
-
-    def _boundary(self, n: int) -> None:
-        """Hands chunks to the background stream, and makes the next graph wait for what it will read.
-
-        `late` counts chunks that were handed over at the very boundary that needs them.
-        """
-        if not self.decoder.bounded:
-            self._boundary_now(n)
-            return
-        chunks = self._chunks(n)
-        if chunks or self.schedule:
-            self.back.wait_event(self.main.record_event())
-        self.schedule.add(chunks)
-        released = self.schedule.release(n)
-        if released:
-            self.late += sum(chunk.due <= n for chunk in released)
-            with torch.cuda.stream(self.back):
-                for chunk in released:
-                    self._pay(chunk)
-            self._ends.append((min(chunk.due for chunk in released), self.back.record_event()))
-        due = [i for i, (when, _) in enumerate(self._ends) if when <= n]
-        if due:
-            self.main.wait_event(self._ends[due[-1]][1])
-            del self._ends[: due[-1] + 1]
-
-    def _pay(self, chunk: Chunk) -> None:
-        rows = self.run.history[self.run.lead :]
-        self.decoder.ffts[chunk.size].pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch)
-
-    def _pay_square(self, tile: Rectangle) -> None:
-        """A Relaxed square at once."""
-        rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[len(tile.sources)]
-        for some in self.decoder.pieces(self.batch):
-            fft.pay(rows, tile.sources, tile.targets, some, self.batch)
-
-    def _sixteen(self, side: int) -> torch.cuda.CUDAGraph:
-        return self._graph(
-            (None, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
-        )
-
-    def _graph(self, key: tuple[int | None, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of an offset (None: all of them) and the side behind it, captured when it is first asked for."""
-        if key not in self._captured:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
-            with torch.cuda.graph(graph, stream=self.main):
-                launch()
-            self._captured[key] = graph
-        return self._captured[key]
 
 
 def decode_gpu(

@@ -59,9 +59,9 @@ class Request:
     def take(self, token: int) -> bool:
         """Notes a token, and tells whether it is the last."""
         self.tokens.append(token)
-        if not self.stops.idle:
+        if self.stops.strings:
             self.stops.see(torch.tensor([token]))
-        return self.left == 0 or self.stops.all_ended
+        return self.left == 0 or self.stops.all_ended or token in self.stops.ids
 
 
 class Event(NamedTuple):

@@ -21,6 +21,7 @@ from flash_inference.models.gpu_memory import (
     CHUNK,
     GRAPH,
     MANY,
+    OWED,
     GpuBytes,
     GpuRunShape,
     GpuShape,
@@ -38,6 +39,7 @@ from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.tiling.schedule import Groups, Pricing
+from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
@@ -51,13 +53,15 @@ PIECE = 4096
 class GpuRun:
     """Sequences in flight: the long convolutions' one buffer [rows, C B], time-major, and what is kept beside it.
 
-    `pending` is the step's own: what mixers with another past keep. Row r belongs to position r - lead; `lead` rows end
-    where the prompts end, a multiple of the graph's positions. What stands before a shorter prompt is zero.
+    `pending` is the step's own: what mixers with another past keep, with room for `room` positions a row. Row r belongs
+    to position r - lead; `lead` rows end where the prompts end, a multiple of the graph's positions. What stands before
+    a shorter prompt is zero.
     """
 
     batch: int
     lead: int
     rows: int
+    room: int
     history: Tensor
     pending: Any
     clock: Tensor
@@ -74,19 +78,26 @@ class GpuSteps(Protocol):
         ...
 
     def pending(self, batch: int, rows: int) -> Any:
-        """What the mixers with a past of their own keep of `batch` sequences, with clocks below `rows`."""
+        """What the mixers with a past of their own keep of `batch` sequences, each of at most `rows` positions."""
         ...
 
     def pending_bytes(self, rows: int) -> int:
         """Bytes of that for one sequence."""
         ...
 
-    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int) -> None:
-        """Puts the pasts behind a row's prompt, block by block and mixer by mixer, where its steps find them."""
+    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
+        """Puts the pasts behind a row's prompt, block by block and mixer by mixer, where its steps find them.
+
+        The prompt ended at `clock`.
+        """
         ...
 
     def repeat(self, run: GpuRun, twin: int, row: int) -> None:
         """Gives a row what another keeps."""
+        ...
+
+    def turn(self, run: GpuRun, by: int) -> None:
+        """The device's clock is about to be set back by so many positions, and time goes on."""
         ...
 
 
@@ -98,7 +109,8 @@ class GpuDecoder:
     long convolutions is kept in `dtype` and summed in float32. `near` is the largest side that is paid at once, by
     default what `flash-inference tune` measured on this device. `spectra_bytes` bounds the stored filter spectra (by
     default what the device has left beside a run after `prompt` positions); larger sides are transformed when needed.
-    `shapes`, `batch_shapes` and `pdl` are settings of the fused kernels.
+    `shapes`, `batch_shapes` and `pdl` are settings of the fused kernels. With `lives` rows come and go (`open`), each
+    for at most so many positions behind its prompt. `free` bytes may be taken (default: what the device has left).
     Raises PlanError, before anything is allocated, if a run cannot fit: see `plan`, the bytes by what they are for.
     """
 
@@ -106,7 +118,7 @@ class GpuDecoder:
         self, model: LanguageModel, length: int, *, shapes: Shapes | None = None, pdl: bool | None = None,
         spectra_bytes: int | None = None, near: int | None = None, latency: str = "bounded", batch: int = 1,
         dtype: torch.dtype = torch.float32, pricing: Pricing | None = None, batch_shapes: BatchShapes | None = None,
-        prompt: int = 1,
+        prompt: int = 1, lives: int = 0, free: int | None = None,
     ) -> None:  # fmt: skip
         config = model.config
         if length > config.length:
@@ -116,8 +128,8 @@ class GpuDecoder:
         self.device = next(model.parameters()).device
         self.shape = GpuShape.of(model, rows=length + 2 * GRAPH)
         self.near_side = near = near or tuned_near(self.device, batch, self.shape.channels)
-        self.room = GpuRunShape(length, prompt, batch, dtype, near, self.bounded, self.pricing)
-        self.plan = self._planned(spectra_bytes)
+        self.room = GpuRunShape(length, prompt, batch, dtype, near, self.bounded, self.pricing, lives)
+        self.plan = self._planned(spectra_bytes, free)
         self.points = points_at_once(self.shape.channels, length)
         fused = unfused(model) is None
         float32 = next(model.parameters()).dtype == torch.float32
@@ -159,11 +171,12 @@ class GpuDecoder:
                 self._warm(self._made[key], batch)
         return self._made[key].fork()
 
-    def _planned(self, spectra_bytes: int | None) -> GpuBytes:
+    def _planned(self, spectra_bytes: int | None, free: int | None) -> GpuBytes:
         """The bytes of a run, and which spectra are kept; off a GPU, a GiB of them."""
         if self.device.type != "cuda":
             return gpu_bytes(self.shape, self.room, 1 << 30 if spectra_bytes is None else spectra_bytes)
-        plan = fitted(self.shape, self.room, free_on(self.device), torch.cuda.get_device_name(self.device))
+        free = free_on(self.device) if free is None else free
+        plan = fitted(self.shape, self.room, free, torch.cuda.get_device_name(self.device))
         return plan if spectra_bytes is None else gpu_bytes(self.shape, self.room, spectra_bytes)
 
     def serves(self, length: int, batch: int, prompt: int) -> bool:
@@ -177,13 +190,22 @@ class GpuDecoder:
     def init(self, prompt: int, new: int, batch: int = 1) -> GpuRun:
         """Memory for `batch` prompts of up to `prompt` positions, and `new` positions after them."""
         lead = -(-prompt // GRAPH) * GRAPH
-        rows, device = lead + -(-new // GRAPH) * GRAPH, self.device
+        rows = lead + -(-new // GRAPH) * GRAPH
+        return self._memory(batch, lead, rows, rows)
+
+    def open(self) -> GpuRun:
+        """Memory for `batch` rows that come and go: a ring, all zeros, and no prompts."""
+        return self._memory(self.batch, 0, self.room.ring, self.length)
+
+    def _memory(self, batch: int, lead: int, rows: int, room: int) -> GpuRun:
+        device = self.device
         return GpuRun(
             batch=batch,
             lead=lead,
             rows=rows,
+            room=room,
             history=torch.zeros(rows + self.near_side, self.channels * batch, dtype=self.dtype, device=device),
-            pending=self.steps.pending(batch, rows),
+            pending=self.steps.pending(batch, room),
             clock=torch.full((2 + batch,), lead, dtype=torch.long, device=device),
             tokens=torch.full((rows, batch), -1, dtype=torch.long, device=device),
             host_tokens=torch.full((rows, batch), -1, dtype=torch.long, pin_memory=device.type == "cuda"),
@@ -202,7 +224,7 @@ class GpuDecoder:
                 past = BlockPast(pasts[number], Moment(clock), partial(self._mix, run, row, number))
                 x = block.extend(x, past)
             clock += piece.shape[1]
-        self.steps.keep(run, row, pasts, P)
+        self.steps.keep(run, row, pasts, P, run.lead)
         return model.head(model.norm(x[:, -1]))[0].float()
 
     def repeat(self, run: GpuRun, twin: int, row: int) -> None:
@@ -246,12 +268,41 @@ class GpuDecoder:
             sources, targets = range(GRAPH - side, GRAPH), range(GRAPH, GRAPH + side)
             tile_rows(run.history, self.near, sources, targets, run.clock[1:], run.batch)
 
+    @torch.no_grad()
+    def owed(self, inputs: Tensor, new: int) -> Tensor:
+        """What inputs [C, P] of all convolutions owe the next `new` positions: [new, C], float32.
+
+        The first `near` of them by taps evaluated now; those behind by spectra that are kept for tiles, where a circle
+        holds them. O((P + new) log(P + new)) a channel.
+        """
+        P, near = inputs.shape[1], self.near_side
+        out = torch.zeros(new, self.channels, device=self.device)
+        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
+        far = next(fits, None) if new > near else None
+        first = new if far is None else near
+        soon = TileFFT(next_power(P + min(first, new)) // 2, self._taps)
+        for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
+            for lanes in self._lanes(2 * fft.size):
+                fft.owe(inputs, rows, lanes)
+        return out
+
+    def _taps(self, first: int, stop: int, lanes: range) -> Tensor:
+        """As `padded`, from the taps that are kept where these suffice."""
+        if stop > len(self.near):
+            return self.padded(first, stop, lanes)
+        return self.near[first:stop, lanes.start : lanes.stop].T
+
+    def _lanes(self, n: int) -> list[range]:
+        """Channels whose transforms of n points are made at once: few large ones, since the host launches each."""
+        width = max(2, OWED // n // 2 * 2)
+        return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
+
     def pieces(self, batch: int) -> list[range]:
         """The channels of each part of a Relaxed square."""
         return replace(self.room, batch=batch).pieces(self.channels, self.config.width)
 
-    def groups(self, span: int) -> Groups:
-        """Which channels pay which large tiles when, over so many positions behind a prompt."""
+    def groups(self, span: int | None) -> Groups:
+        """Which channels pay which large tiles when, over so many positions behind a prompt, or without end."""
         return self.room.groups(span, self.channels)
 
     def _warm(self, step: AnyStep, batch: int) -> None:

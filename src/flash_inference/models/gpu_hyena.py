@@ -55,14 +55,17 @@ class HyenaSteps:
         """Bytes of those of one sequence."""
         return sum(block.mixer.short.past_bytes(rows) for block in self.exact.blocks)
 
-    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int) -> None:
-        """Puts a row's pasts into the tensor."""
+    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
+        """Puts a row's pasts into the tensor; they know no clock."""
         for number, (past,) in enumerate(pasts):
             run.pending[number, :, row] = past.pending[0]
 
     def repeat(self, run: GpuRun, twin: int, row: int) -> None:
         """Gives a row the pasts of another."""
         run.pending[:, :, row] = run.pending[:, :, twin]
+
+    def turn(self, run: GpuRun, by: int) -> None:
+        """Nothing here is laid out by the clock."""
 
 
 def _narrow(weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from flash_inference.errors import PlanError
 from flash_inference.filters import ImplicitFilter
 from flash_inference.models.fused import unfused
 from flash_inference.ops.tile_conv import measured
+from flash_inference.tiling import Staggered
 from flash_inference.tiling.schedule import Groups, Pricing
 from flash_inference.tiling.triangle import next_power
 
@@ -27,6 +28,10 @@ MANY = 16
 """Rows from which squares are paid on tensor cores, from the first taps channel by channel: fewer leave them idle."""
 BLAS = 32 << 20
 """What PyTorch gives cuBLAS to work in, a stream, on devices of compute capability 9."""
+BEHIND = 8
+"""Graphs of which a ring still holds the tokens."""
+OWED = 1 << 23
+"""Points of transforms that are made at once where a prompt is paid forward beside running rows."""
 NODE = 4096
 """About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
 CHUNK = 64
@@ -106,7 +111,9 @@ class GpuShape:
 class GpuRunShape:
     """What of a run its memory depends on: `prompt` positions of `length`, of `batch` rows, stored as `dtype`.
 
-    `near`, `bounded` and `pricing` are the decoder's: sides paid at once, tiles with slack or squares, chunks.
+    `near`, `bounded` and `pricing` are the decoder's: sides paid at once, tiles with slack or squares, chunks. With
+    `lives` rows come and go on a clock without end, each for at most so many positions behind a prompt of its own:
+    history is a ring then, and holds no prompts.
     """
 
     length: int
@@ -116,25 +123,44 @@ class GpuRunShape:
     near: int = NEAR
     bounded: bool = True
     pricing: Pricing = field(default_factory=Pricing)
+    lives: int = 0
 
     @property
     def lead(self) -> int:
         """Rows before the first new position: the prompt's, up to a whole graph."""
-        return -(-self.prompt // GRAPH) * GRAPH
+        return 0 if self.lives else -(-self.prompt // GRAPH) * GRAPH
 
     @property
     def behind(self) -> int:
-        """Rows of the positions after the prompt, up to a whole graph."""
-        return -(-max(self.length - self.prompt, 1) // GRAPH) * GRAPH
+        """Rows of the positions after the prompt, up to a whole graph; the ring's, where rows come and go."""
+        return self.ring if self.lives else -(-max(self.length - self.prompt, 1) // GRAPH) * GRAPH
+
+    @property
+    def top(self) -> int:
+        """The largest side of the late squares on a clock without end; 0 for none."""
+        return Staggered(None, self.near, GRAPH, taps=self.lives).top
+
+    @property
+    def ring(self) -> int:
+        """Rows of a ring: a tile's sources and targets, and two near-blocks.
+
+        When position n is reached, chunks read sources from n - near - top on, and add to targets up to n + near + top.
+        The host may be some graphs behind in reading tokens.
+        """
+        return max(2 * self.top + 2 * self.near, -(-(BEHIND * GRAPH) // self.near) * self.near)
 
     @property
     def sides(self) -> list[int]:
         """The sides of tiles by FFT, ascending."""
+        if self.lives:
+            return Groups(None, self.near, GRAPH, 1, self.lives).sizes
         top = next_power(self.length) // 2
         return [self.near << q for q in range(max(0, (top // self.near).bit_length()))]
 
-    def groups(self, span: int, channels: int) -> Groups:
-        """Which channels pay which large tiles when, over so many positions behind a prompt."""
+    def groups(self, span: int | None, channels: int) -> Groups:
+        """Which channels pay which large tiles when, over so many positions behind a prompt, or without end."""
+        if self.lives:
+            return Groups(None, self.near, GRAPH, channels, self.lives)
         return Groups(span, self.near, GRAPH, channels)
 
     def pieces(self, channels: int, width: int) -> list[range]:
@@ -147,7 +173,8 @@ class GpuRunShape:
         if not self.bounded:
             return {(size, len(piece)) for size in self.sides for piece in self.pieces(channels, width)}
         groups, widths = self.groups(self.length, channels), self.pricing.widths
-        tiles = {(size, len(some)) for n in range(0, self.length, self.near) for size, _, some in groups.after(n)}
+        span = 2 * self.top if self.lives else self.length
+        tiles = {(size, len(some)) for n in range(0, span, self.near) for size, _, some in groups.after(n)}
         return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), self.batch)}
 
     def widest(self, size: int, channels: int, width: int) -> int:
@@ -255,6 +282,10 @@ def _prefill(shape: GpuShape, run: GpuRunShape) -> int:
     """
     total, P = run.length, run.prompt
     points, half = points_at_once(shape.channels, total), 2 * shape.activations * P
+    if run.lives:
+        n = 2 * next_power(total)
+        width = max(2, min(OWED // n, shape.channels))
+        return 32 * width * n + _taps(shape, width * n, n)
     if P == 1:
         width = max(1, min(points // total, shape.width))
         return half + _taps(shape, width * total, total) + (8 * width * total if width < shape.width else 0)

@@ -35,10 +35,14 @@ def unreplayed(model: LanguageModel) -> str | None:
 
 @dataclass
 class Pasts:
-    """What the mixers keep of a batch: `mixers[i][j]` is the past of block i's mixer j; row b begins at `start[b]`."""
+    """What the mixers keep of a batch: `mixers[i][j]` is the past of block i's mixer j; row b begins at `start[b]`.
+
+    Starts count on a clock that is never set back: the run's own and `turned` [1], by how much that has been.
+    """
 
     mixers: list[list[Any]]
     start: Tensor
+    turned: Tensor
 
 
 class ModuleStep(Step):
@@ -76,7 +80,7 @@ class ModuleStep(Step):
         after_mixing: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """x -> logits, the mixers' rows written and their pasts advanced. history [rows, C B]."""
-        x, moment = self.x[:, None], Moment(clock[:1] + offset, pending.start)
+        x, moment = self.x[:, None], Moment(clock[:1] + pending.turned + offset, pending.start)
         for number, (block, pasts) in enumerate(zip(self.model.blocks, pending.mixers, strict=True)):
             mix = partial(self._mix, history, clock, offset, self.lanes[number])
             x = block.extend(x, BlockPast(pasts, moment, mix))
@@ -115,22 +119,23 @@ class ModuleSteps:
         return self._step(batch=batch)
 
     def pending(self, batch: int, rows: int) -> Pasts:
-        """Empty pasts, with room for clocks below `rows`; rows of the batch begin at clock 0."""
+        """Empty pasts, with room for `rows` positions; rows of the batch begin at clock 0."""
         with torch.inference_mode(False), torch.no_grad():
             pasts = [[mixer.init(batch, rows) for mixer in block.mixers] for block in self.model.blocks]
-            return Pasts(pasts, torch.zeros(batch, dtype=torch.long, device=self.model.embedding.weight.device))
+            zeros = torch.zeros(batch + 1, dtype=torch.long, device=self.model.embedding.weight.device)
+            return Pasts(pasts, zeros[:batch], zeros[batch:])
 
     def pending_bytes(self, rows: int) -> int:
         """Bytes of the pasts of one sequence."""
         return sum(mixer.past_bytes(rows) for block in self.model.blocks for mixer in block.mixers)
 
-    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int) -> None:
-        """Puts a row's pasts in their places, as if its prompt had ended at the run's clock."""
-        run.pending.start[row] = run.lead - prompt
+    def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
+        """Puts a row's pasts in their places, as if its prompt had ended at `clock`."""
+        run.pending.start[row] = clock - prompt
         for block, ours, theirs in zip(self.model.blocks, run.pending.mixers, pasts, strict=True):
             for mixer, own, past in zip(block.mixers, ours, theirs, strict=True):
                 if isinstance(mixer, Clocked):
-                    past = mixer.moved(past, range(prompt), run.lead, run.rows)
+                    past = mixer.moved(past, range(prompt), clock, run.room)
                 place(own, row, past)
 
     def repeat(self, run: GpuRun, twin: int, row: int) -> None:
@@ -139,3 +144,7 @@ class ModuleSteps:
         for past in (past for pasts in run.pending.mixers for past in pasts):
             for tensor in tensors(past).values():
                 tensor[row] = tensor[twin]
+
+    def turn(self, run: GpuRun, by: int) -> None:
+        """Time goes on for the pasts."""
+        run.pending.turned += by

@@ -38,21 +38,21 @@ class Chunk:
 class Groups:
     """`channels` channels in groups g = 0, 1, .., 2^q - 1, each on Staggered with the bits of g reversed as its shift.
 
-    So groups that pay the same side at the same time stand side by side.
+    So groups that pay the same side at the same time stand side by side. A span of None is a clock without end, for
+    rows that live at most `taps` positions: sides then end at the power of two that holds those.
     """
 
-    def __init__(self, span: int, near: int, block: int, channels: int) -> None:
+    def __init__(self, span: int | None, near: int, block: int, channels: int, taps: int | None = None) -> None:
         self.span, self.near, self.channels = span, near, channels
-        most = max(1, min(GROUPS, channels // FEWEST, next_power(span) // near))
+        reach = next_power(span or taps or 1)
+        most = max(1, min(GROUPS, channels // FEWEST, reach // near))
         bits = most.bit_length() - 1
         width = -(-channels // (1 << bits))
         self.width = -(-width // (8 if width >= 8 else 2)) * (8 if width >= 8 else 2)
-        self.tilings = [Staggered(span, near, block, _reversed(group, bits)) for group in range(1 << bits)]
-
-    @property
-    def sizes(self) -> list[int]:
-        """The sides of large tiles, ascending: near, 2 near, .. half of the span."""
-        return [self.near << q for q in range((next_power(self.span) // 2 // self.near).bit_length())]
+        self.tilings = [Staggered(span, near, block, _reversed(group, bits), taps=taps) for group in range(1 << bits)]
+        largest = self.tilings[0].top if span is None else next_power(span) // 2
+        self.sizes = [near << q for q in range((largest // near).bit_length())]
+        """The sides of large tiles, ascending: near, 2 near, .. half of the span, or all that rows live."""
 
     def most(self, size: int) -> int:
         """Channels at most that pay a side at the same time."""

@@ -16,12 +16,15 @@ from flash_inference.errors import ShapeError
 
 
 def pack(history: Tensor, start: int, n: int, channels: range, out: Tensor) -> None:
-    """out[c, :n] = history[start : start + n, channels[c]] in float32, then zeros; history [rows, C]."""
+    """out[c, :n] = history[start : start + n, channels[c]] in float32, then zeros; history [rows, C].
+
+    Rows of `out` are contiguous; it may be the end of wider rows.
+    """
     grid = (triton.cdiv(out.shape[1], 64), triton.cdiv(len(channels), 64))
     unit = _unit(channels.start, len(channels))
     _pack[grid](
-        history, out, start, n, channels.start // unit, len(channels) // unit, out.shape[1], history.shape[1],
-        num_warps=8, SIDE=64, UNIT=unit,
+        history, out, start, n, channels.start // unit, len(channels) // unit, out.shape[1], out.stride(0),
+        history.shape[1], num_warps=8, SIDE=64, UNIT=unit,
     )  # fmt: skip
 
 
@@ -53,6 +56,16 @@ def multiply(z: Tensor, rho: Tensor, turns: Tensor, batch: int = 1) -> None:
     _multiply[(len(z) * triton.cdiv(half, size),)](*views, half, z.shape[1], SIZE=size, BATCH=batch, num_warps=4)
 
 
+def stretches(positions: range, ring: int | None) -> list[tuple[int, int, int]]:
+    """(place, row, count) of each run of rows that holds positions, the one at `place` first; two where a ring ends."""
+    if ring is None:
+        return [(0, positions.start, len(positions))]
+    row = positions.start % ring
+    first = min(len(positions), ring - row)
+    rest = len(positions) - first
+    return [(0, row, first)] + ([(first, 0, rest)] if rest else [])
+
+
 class TileFFT:
     """Tiles of S sources and T targets that begin `lag` behind them, on circles of 2 V >= S + T places.
 
@@ -76,6 +89,11 @@ class TileFFT:
                 self._spectra = made.new_empty(channels, self.size + 1)
             self._spectra[c : c + piece] = made
 
+    @property
+    def kept(self) -> bool:
+        """Whether spectra are kept."""
+        return self._spectra is not None
+
     def spectrum(self, channels: range) -> Tensor:
         """rfft of rho[lag : lag + 2 V] over 2 V, for some channels [c, V + 1]."""
         return self._make(channels) if self._spectra is None else self._spectra[channels.start : channels.stop]
@@ -91,8 +109,13 @@ class TileFFT:
             self._turns = torch.polar(torch.ones_like(k), -torch.pi / self.size * k).to(torch.complex64)
         return self._turns
 
-    def pay(self, history: Tensor, sources: range, targets: range, channels: range, batch: int = 1) -> None:
-        """Adds to targets what sources owe them; history [rows, C batch], `channels` are of the filter."""
+    def pay(
+        self, history: Tensor, sources: range, targets: range, channels: range, batch: int = 1, ring: int | None = None
+    ) -> None:
+        """Adds to targets what sources owe them; history [rows, C batch], `channels` are of the filter.
+
+        With `ring` history holds position i in row i modulo it.
+        """
         S, T, n = len(sources), len(targets), 2 * self.size
         if targets.start - sources.stop != self.lag or n < S + T:
             raise ShapeError(
@@ -101,8 +124,18 @@ class TileFFT:
             )
         lanes = range(channels.start * batch, channels.stop * batch)
         places = torch.empty(len(lanes), n, device=history.device)
-        pack(history, sources.start, S, lanes, places)
-        unpack_add(self._circle(places, self.spectrum(channels), batch), S, history, targets.start, T, lanes)
+        for place, start, count in stretches(sources, ring):
+            pack(history, start, count, lanes, places[:, place:])
+        sums = self._circle(places, self.spectrum(channels), batch)
+        for place, start, count in stretches(targets, ring):
+            unpack_add(sums, S + place, history, start, count, lanes)
+
+    def owe(self, inputs: Tensor, out: Tensor, channels: range) -> None:
+        """Adds to out [T, C] what inputs [C, S] owe the T positions that begin `lag` behind them."""
+        S = inputs.shape[1]
+        places = torch.zeros(len(channels), 2 * self.size, device=out.device)
+        places[:, :S] = inputs[channels.start : channels.stop]
+        unpack_add(self._circle(places, self.spectrum(channels), 1), S, out, 0, len(out), channels)
 
     def _circle(self, places: Tensor, rho: Tensor, batch: int) -> Tensor:
         z = torch.fft.fft(torch.view_as_complex(places.unflatten(1, (-1, 2))))
@@ -155,13 +188,13 @@ def _multiply(z, rho, turns, half, V, SIZE: tl.constexpr, BATCH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["start", "n", "first", "count"])
-def _pack(history, out, start, n, first, count, places, C, SIDE: tl.constexpr, UNIT: tl.constexpr):
+def _pack(history, out, start, n, first, count, places, wide, C, SIDE: tl.constexpr, UNIT: tl.constexpr):
     first, count = first * UNIT, count * UNIT
     time = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
     lane = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     at = (start + time).to(tl.int64)[:, None] * C + (first + lane)[None, :]
     tile = tl.load(history + at, (time < n)[:, None] & (lane < count)[None, :], 0.0).to(tl.float32)
-    to = lane.to(tl.int64)[:, None] * places + time[None, :]
+    to = lane.to(tl.int64)[:, None] * wide + time[None, :]
     tl.store(out + to, tl.trans(tile), (lane < count)[:, None] & (time < places)[None, :])
 
 

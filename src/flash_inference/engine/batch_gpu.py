@@ -1,0 +1,278 @@
+"""The rows of an Engine on one GPU: 16 tokens for each of them a graph; they come and go between two graphs."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flash_inference.engine.batch_host import check_slots, endless, not_finite
+from flash_inference.engine.graph_clock import GraphClock
+from flash_inference.engine.plan import filter_bytes
+from flash_inference.engine.request import Request
+from flash_inference.errors import NumericsError, StateError, TilingError
+from flash_inference.mixers.mixer import tensors
+from flash_inference.mixers.rows import inputs_of
+from flash_inference.models.backbone import LanguageModel
+from flash_inference.models.decoder import ModelState
+from flash_inference.models.gpu import GRAPH, GpuDecoder, tuned_near
+from flash_inference.models.gpu_memory import GpuRunShape, GpuShape, free_on, gpu_bytes
+from flash_inference.models.rows import row_bytes
+from flash_inference.ops.tile_conv.fft_rows import stretches
+from flash_inference.tiling import Tiling
+
+AHEAD = 6
+"""Graphs whose tokens the host may not have seen when it launches one more."""
+PROMPTS = 2
+"""Prompts of full length for which memory is left beside the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A graph that was launched: its tokens come at `first` of the log, `rows` tells (row, request, how many)."""
+
+    done: Any
+    first: int
+    rows: list[tuple[int, Request, int]]
+
+
+class GpuBatch(GraphClock):
+    """Rows that come and go on one clock of a GPU; `requests[row]` is who has a row.
+
+    The history is a ring: position i of the clock is row i modulo `ring`. Tiles are those of a clock without end, for
+    all rows alike (`Groups`): squares inside graphs, late squares in chunks beside them. At a multiple of the ring, a
+    graph's square falls into spare rows behind its end, which are then added to its beginning.
+
+    **A row joins** at position n, between two graphs. What its prompt's inputs owe the positions to come was summed
+    beside decoding. Then, of its column alone: what stands before n is zeroed, what stands from n on is overwritten by
+    those sums, and the mixers' pasts and the token take their places. This is right whatever tiles of the former
+    occupant are half paid:
+
+    - a chunk handed over before n adds to the column before it is overwritten, since the background stream does both in
+      this order, and the graphs' stream waits for that one before it touches the column;
+    - a chunk handed over later, of a tile that was ready before n, reads only positions before n, which are zero now;
+    - a tile that becomes ready later has sources on both sides of n: zeros before it, the row's own inputs behind it.
+
+    Hence position t of the row gets the prompt's share, and each input of n .. t - 1 once. What the ring holds from its
+    last round is never read: a row's own positions are all overwritten as it joins. Only what the graphs' own squares
+    may touch before position n + near, `near` rows before n and 2 `near` behind it, is written while the graphs wait;
+    the rest is written beside them.
+
+    **A row leaves** when its last graph is launched, if its limit ends it: at most 15 positions are lost. The host sees
+    tokens when their graph is done, with up to AHEAD graphs behind it launched already; so a stop token, a cancel or a
+    NaN costs the row up to AHEAD graphs more, whose tokens are dropped. A row that nobody has runs along.
+
+    Requests that sample are chosen for by their own samplers on the host, which sees the logits of every position:
+    while one has a row, the kernels of all are launched one by one and wait for it.
+    """
+
+    piece = 2048
+    """Positions of prompts that a step reads: few large pieces, since each costs the host some thousand launches."""
+
+    def __init__(self, gpu: GpuDecoder, memory: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            super().__init__(gpu, gpu.open(), gpu.step_of(gpu.batch), None)
+            self.reader = gpu.exact.decoder(gpu.length)
+        self.aside: Any = torch.cuda.Stream(priority=0) if self.cuda else None
+        self.ring, self.top, self.near = self.run.rows, gpu.room.top, gpu.near_side
+        self.period = max(self.top, self.near)
+        self.fixed = gpu.plan.total + prompt_filters(gpu.model, gpu.length, gpu.room.lives)
+        self.left = memory - self.fixed
+        self.requests: list[Request | None] = [None] * gpu.batch
+        self._joined, self._left = [0] * gpu.batch, [0] * gpu.batch
+        self._flights: deque[Flight] = deque()
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            self.prepare()
+
+    @classmethod
+    def fitted(
+        cls, model: LanguageModel, slots: int, new_tokens: int, length: int, tiling: Tiling | None, memory: int | None
+    ) -> GpuBatch:
+        """With all that it needs in `memory` bytes, spectra in what is left. Raises PlanError, TilingError."""
+        if tiling is not None:
+            raise TilingError(f"got {tiling!r}; on a GPU an engine runs on its own tiling. Leave tiling out.")
+        device = model.embedding.weight.device
+        memory = free_on(device) if memory is None else memory
+        shape = GpuShape.of(model, rows=length + 2 * GRAPH)
+        near = tuned_near(device, slots, shape.channels)
+        prompts = PROMPTS * (row_bytes(model, length) + 4 * shape.channels * new_tokens)
+        free = memory - prompts - prompt_filters(model, length, new_tokens)
+        run = GpuRunShape(length, batch=slots, near=near, lives=new_tokens)
+
+        def needed(slots: int) -> int:
+            return gpu_bytes(shape, replace(run, batch=slots), 0).total + memory - free
+
+        check_slots(slots, new_tokens, needed(slots), memory, bisect_right(range(1, slots), memory, key=needed))
+        return cls(GpuDecoder(model, length, near=near, batch=slots, lives=new_tokens, free=free), memory)
+
+    @property
+    def clock(self) -> int:
+        """Positions launched: the rows' common time."""
+        return self.launched * GRAPH
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        run = self.run
+        return sum(t.nbytes for t in (run.history, run.tokens, run.stamps)) + run.batch * self.decoder.shape.past
+
+    @property
+    def busy(self) -> bool:
+        """Whether a tick would do something."""
+        return any(self.requests) or bool(self._flights)
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have a row, or tokens under way."""
+        flying = [request for flight in self._flights for _, request, _ in flight.rows if not request.ended]
+        return list(dict.fromkeys([request for request in self.requests if request is not None] + flying))
+
+    def prepare(self) -> None:
+        """Captures every graph: one for each side of the square behind it."""
+        with self.on("main"):
+            for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
+                self._sixteen(side)
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Where prompts are read: on a stream of their own, beside the graphs."""
+        return self.on("aside")
+
+    @torch.no_grad()
+    def enter(self, row: int, request: Request) -> None:
+        """A request whose prompt is read, and whose first token is known, takes a row."""
+        assert request.prefix is not None
+        past, new, n, near = request.prefix.state, request.left, self.clock, self.near
+        assert past is not None
+        owed = self._owed(past, new)
+        self._wait("main", "aside")
+        self._wait("main", "back")
+        before, soon = max(self._joined[row], n - near - self.top), min(new, 2 * near)
+        with self.on("main"):
+            self._put(row, range(max(before, n - near), n), None)
+            self._put(row, range(n, n + soon), owed[:soon])
+            self.decoder.steps.keep(self.run, row, past.pasts, past.clock, n)
+            self._embed(row, request.tokens[-1])
+        self._wait("back", "main")
+        with self.on("back"):
+            self._put(row, range(before, n - near), None)
+            self._put(row, range(n + soon, n + new), owed[soon:])
+        self._ends_by(n + near)
+        self._used_by(owed, *(t for pasts in past.pasts for each in pasts for t in tensors(each).values()))
+        self.requests[row], self._joined[row], self._left[row] = request, n, new
+        request.prefix = None
+
+    def leave(self, request: Request) -> ModelState:
+        """A row of a GPU stays where it is."""
+        raise StateError(
+            f"request {request.number} has a row on a GPU, where graphs may have run on; only one that waits can "
+            "pause. Cancel it, or let it end."
+        )
+
+    def vacate(self, row: int) -> None:
+        """Nobody has the row any more."""
+        self.requests[row], self._left[row] = None, 0
+
+    @torch.no_grad()
+    def tick(self) -> Iterator[tuple[Request, int | NumericsError]]:
+        """Launches a graph, and tells the tokens of those that are done: position by position, for each row."""
+        if any(self.requests):
+            self._go()
+        wanted = len(self._flights) > AHEAD or not any(self.requests)
+        while self._flights and (wanted or self._is_done(self._flights[0])):
+            wanted = False
+            flight = self._flights.popleft()
+            if self.cuda:
+                flight.done.synchronize()
+            yield from self._landed(flight)
+
+    def _landed(self, flight: Flight) -> Iterator[tuple[Request, int | NumericsError]]:
+        log = cast("list[list[int]]", self.run.host_tokens[flight.first : flight.first + GRAPH].tolist())  # pyright: ignore[reportUnknownMemberType]
+        for offset, tokens in enumerate(log):
+            for row, request, count in flight.rows:
+                if offset < count and not request.ended:
+                    yield request, tokens[row] if tokens[row] >= 0 else not_finite(request)
+
+    def _is_done(self, flight: Flight) -> bool:
+        return not self.cuda or flight.done.query()
+
+    def _go(self) -> None:
+        """Launches a graph for all rows; a row whose limit it reaches is free behind it."""
+        rows = [(row, r, min(GRAPH, self._left[row])) for row, r in enumerate(self.requests) if r is not None]
+        drawn = [(row, request) for row, request, _ in rows if not request.sampler.sampling.plain]
+        first = self.clock % self.ring
+        self.launch((lambda logits: self._choose(logits, drawn)) if drawn else None)
+        self._turn()
+        self._flights.append(Flight(self.main.record_event() if self.cuda else None, first, rows))
+        for row, _, count in rows:
+            self._left[row] -= count
+            if not self._left[row]:
+                self.requests[row] = None
+
+    def _choose(self, logits: Tensor, drawn: list[tuple[int, Request]]) -> Tensor:
+        """Tokens [B] from logits [B, V], those of some rows by their own samplers."""
+        seen = logits.view(self.batch, -1).cpu()
+        best = seen.max(-1)
+        tokens = torch.where(best.values.isfinite(), best.indices, -2)
+        for row, request in drawn:
+            if tokens[row] >= 0:
+                tokens[row] = request.sampler(seen[row : row + 1])[0]
+        return tokens.to(self.device)
+
+    def _turn(self) -> None:
+        """Where the ring ends, adds what the last square paid behind it to its beginning, where the clock goes on."""
+        if self.clock % self.ring:
+            return
+        spare = self.run.history[self.ring :]
+        with self.on("main"):
+            self.run.history[: len(spare)] += spare
+            spare.zero_()
+            self.decoder.steps.turn(self.run, self.ring)
+            self.run.clock.zero_()
+
+    def _owed(self, past: ModelState, new: int) -> Tensor:
+        """What a prompt's inputs owe the `new` positions behind it [new, C], summed beside the graphs."""
+        with self.on("aside"):
+            if self.reader.stack is None or past.stack is None:
+                return torch.zeros(new, 0, device=self.device)
+            return self.decoder.owed(inputs_of(self.reader.stack, past.stack, 0, range(past.clock)), new)
+
+    def _put(self, row: int, positions: range, values: Tensor | None) -> None:
+        """Writes a row's part of the history at some positions: values [N, C], or zeros."""
+        if not len(positions) or not self.decoder.channels:
+            return
+        column = self.run.history.view(-1, self.decoder.channels, self.batch)[..., row]
+        for place, start, count in stretches(positions, self.ring):
+            column[start : start + count] = 0 if values is None else values[place : place + count]
+
+    def _embed(self, row: int, token: int) -> None:
+        """A row's next input is that token. The others' tokens are embedded again, to the same numbers."""
+        run = self.run
+        self.step.token[row] = token
+        self.step.embed(run.clock, run.tokens, run.host_tokens, run.stamps, 0, last=False, greedy=False, pdl=False)
+
+    def _pay(self, chunk: Any) -> None:
+        fft = self.decoder.ffts[chunk.size]
+        fft.pay(self.run.history, chunk.sources, chunk.targets, chunk.channels, self.batch, self.ring)
+
+    def _wait(self, stream: str, other: str) -> None:
+        """What is handed to a stream from now on comes behind all that another has."""
+        if self.cuda:
+            getattr(self, stream).wait_event(getattr(self, other).record_event())
+
+    def _used_by(self, *given: Tensor) -> None:
+        """The allocator leaves these alone until the streams have read them."""
+        for tensor in given if self.cuda else ():
+            for stream in (self.main, self.back):
+                tensor.record_stream(stream)
+
+
+def prompt_filters(model: LanguageModel, length: int, new_tokens: int) -> int:
+    """Bytes of the filters that prompts are read with."""
+    return filter_bytes(model, length, endless(new_tokens))
