@@ -27,6 +27,7 @@ from flash_inference.models import gpu  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder  # noqa: E402
 from flash_inference.models.long_conv import LongConvConfig  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes  # noqa: E402
+from flash_inference.ops.tile_conv.fft_rows import TileFFT  # noqa: E402
 from flash_inference.testing import fft_bound, greedy_differences, random_model, tile_conv_oracle  # noqa: E402
 from flash_inference.tiling import Relaxed, schedule  # noqa: E402
 from flash_inference.tiling.schedule import Pricing  # noqa: E402
@@ -35,9 +36,6 @@ NAN, EPS = float("nan"), torch.finfo(torch.float32).eps
 slow = pytest.mark.slow
 NARROW, WIDE = BatchShape(16, 2, 16), BatchShape(32, 2, 16, registers=168)
 SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE, batch=4, head_batch=4)
-
-TINY = Pricing(target=0.001)
-"""Chunks of as few channels as can be."""
 
 
 class LateBatch(GpuBatch):
@@ -68,12 +66,14 @@ def one_layer(length: int) -> fi.LanguageModel:
 
 
 def engine_of(
-    model: fi.LanguageModel, slots: int, new: int, length: int, near: int = 16, kind: type[GpuBatch] = LateBatch
+    model: fi.LanguageModel, slots: int, new: int, length: int, near: int = 16, pricing: Pricing | None = None
 ) -> fi.Engine:
     """An engine on what its kernels do through the interpreter."""
-    decoder = GpuDecoder(model, length, near=near, batch=slots, batch_shapes=SMALL, lives=new, pricing=TINY)
+    decoder = GpuDecoder(
+        model, length, near=near, batch=slots, batch_shapes=SMALL, lives=new, pricing=pricing
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "open_batch", lambda *args: kind(decoder, 1 << 40))
+        patch.setattr(batches, "open_batch", lambda *args: LateBatch(decoder, 1 << 40))
         return fi.Engine(model, slots=slots, new_tokens=new, length=length)
 
 
@@ -83,6 +83,19 @@ def direct_sums(history: Tensor, rho: Tensor, sources: range, targets: range, cl
     s, t = (torch.arange(now + some.start, now + some.stop) for some in (sources, targets))
     taps = rho[t[:, None] - s].repeat_interleave(batch, dim=2)
     history[t] += (taps * history[s]).sum(1)
+
+
+def plain_circle(fft: TileFFT, places: Tensor, rho: Tensor, batch: int) -> Tensor:
+    """What TileFFT computes on its circles, likewise."""
+    n = places.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(places) * rho.repeat_interleave(batch, dim=0), n=n, norm="forward")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares and circles by PyTorch."""
+    monkeypatch.setattr(gpu, "tile_rows", direct_sums)
+    monkeypatch.setattr(TileFFT, "_circle", plain_circle)
 
 
 def prompt_of(n: int, seed: int) -> Tensor:
@@ -140,12 +153,12 @@ def test_random_traffic_of_the_fused_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert {request.status for request, _ in made} == {Status.FINISHED, Status.CANCELLED}
 
 
+@pytest.mark.usefixtures("quick")
 def test_rows_join_and_leave_while_tiles_are_half_paid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Squares of 64 and 128 whose chunks wait for two graphs, of groups on shifted clocks, in a ring of 384."""
     monkeypatch.setattr(schedule, "FEWEST", 8)
-    monkeypatch.setattr(gpu, "tile_rows", direct_sums)
     model = one_layer(220)
-    engine, waiting = engine_of(model, 3, 100, 200, near=64), list[int]()
+    engine, waiting = engine_of(model, 3, 100, 200, near=64, pricing=Pricing(target=0.001)), list[int]()
     engine.batch.schedule.margin, enter = 0.1, engine.batch.enter
 
     def noted(row: int, request: Request) -> None:
@@ -193,6 +206,7 @@ def test_tokens_behind_a_stop_are_dropped_and_the_slot_is_free() -> None:
     assert not engine.running
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_row_that_becomes_nan_ends_with_an_error_of_its_own() -> None:
     """Its neighbours' tokens are unchanged, and so are those of the next one in its row."""
     model = one_layer(120)
@@ -227,6 +241,7 @@ def test_requests_draw_by_their_own_samplers() -> None:
     assert drawn.tokens == fi.generate(model, prompt_of(9, 2), max_new_tokens=20, **settings)[0].tolist()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_prefix_is_read_once() -> None:
     model = one_layer(120)
     engine = engine_of(model, 2, 20, 100)
@@ -237,6 +252,7 @@ def test_a_prefix_is_read_once() -> None:
         check(model, request, torch.cat([prompt_of(30, 4), prompt_of(3, n)]))
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_an_engine_on_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer(120)
     engine = engine_of(model, 1, 20, 100)
