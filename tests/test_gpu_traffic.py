@@ -140,6 +140,16 @@ def test_random_traffic(family: str) -> None:
         check(model, request, prompt, request.status is Status.FINISHED)
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_ring_comes_around_again() -> None:
+    model = one_layer(120)
+    engine = engine_of(model, 2, 60, 100)
+    made = play(engine, 4, 26, 60)
+    assert engine.clock > 2 * engine.batch.ring + 32
+    for request, prompt in made:
+        check(model, request, prompt, request.status is Status.FINISHED)
+
+
 @slow
 def test_random_traffic_of_the_fused_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "FEWEST", 3)
@@ -228,6 +238,7 @@ def test_a_row_that_becomes_nan_ends_with_an_error_of_its_own() -> None:
     assert later.tokens == requests[2].tokens
 
 
+@pytest.mark.usefixtures("quick")
 def test_requests_draw_by_their_own_samplers() -> None:
     """A request that samples beside a greedy one, which joined before and goes on after it."""
     model = one_layer(120)
