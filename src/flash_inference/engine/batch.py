@@ -209,9 +209,14 @@ class Engine:
         events: list[Event] = []
         for request in self.queue:
             prefix = request.prefix
+            if prefix is None or not prefix.ready:
+                if None not in self.batch.requests:
+                    break
+                continue
+            ready = prefix.error is not None or self.batch.prepared(request)
             if None not in self.batch.requests:
                 break
-            if prefix is None or not prefix.ready:
+            if not ready:
                 continue
             if prefix.error is not None:
                 events.append(self._fail(request, prefix.error))

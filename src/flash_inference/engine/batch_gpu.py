@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_inference.engine.batch_host import check_slots, endless, not_finite
 from flash_inference.engine.graph_clock import GraphClock
 from flash_inference.engine.plan import filter_bytes
-from flash_inference.engine.request import Request
+from flash_inference.engine.request import Request, Status
 from flash_inference.errors import NumericsError, StateError, TilingError
 from flash_inference.mixers.mixer import tensors
 from flash_inference.mixers.rows import inputs_of
@@ -40,6 +40,15 @@ class Flight:
     done: Any
     first: int
     rows: list[tuple[int, Request, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a prompt owes the positions behind it [N, C], once `done`, an event of the stream that sums it."""
+
+    request: Request
+    owed: Tensor
+    done: Any
 
 
 class GpuBatch(GraphClock):
@@ -87,6 +96,7 @@ class GpuBatch(GraphClock):
         self.requests: list[Request | None] = [None] * gpu.batch
         self._joined, self._left = [0] * gpu.batch, [0] * gpu.batch
         self._flights: deque[Flight] = deque()
+        self._sums: dict[int, Sums] = {}
         if self.cuda:
             torch.cuda.synchronize(self.device)
             self.prepare()
@@ -145,13 +155,28 @@ class GpuBatch(GraphClock):
         return self.on("aside")
 
     @torch.no_grad()
+    def prepared(self, request: Request) -> bool:
+        """Whether what a request's prompt owes is summed; begins that, for PROMPTS requests at once at most."""
+        gone = [number for number, sums in self._sums.items() if sums.request.status is not Status.WAITING]
+        for number in gone:
+            del self._sums[number]
+        if request.number not in self._sums:
+            if len(self._sums) == PROMPTS:
+                return False
+            assert request.prefix is not None
+            assert request.prefix.state is not None
+            owed = self._owed(request.prefix.state, request.left)
+            self._sums[request.number] = Sums(request, owed, self.aside.record_event() if self.cuda else None)
+        done = self._sums[request.number].done
+        return done is None or done.query()
+
+    @torch.no_grad()
     def enter(self, row: int, request: Request) -> None:
-        """A request whose prompt is read, and whose first token is known, takes a row."""
+        """A request that is `prepared`, and whose first token is known, takes a row."""
         assert request.prefix is not None
         past, new, n, near = request.prefix.state, request.left, self.clock, self.near
         assert past is not None
-        owed = self._owed(past, new)
-        self._wait("main", "aside")
+        owed = self._sums.pop(request.number).owed
         self._wait("main", "back")
         before, soon = max(self._joined[row], n - near - self.top), min(new, 2 * near)
         with self.on("main"):
@@ -162,7 +187,7 @@ class GpuBatch(GraphClock):
         self._wait("back", "main")
         with self.on("back"):
             self._put(row, range(before, n - near), None)
-            self._put(row, range(n + soon, n + new), owed[soon:])
+            self._put(row, range(n + soon, n + new), owed[soon:new])
         self._ends_by(n + near)
         self._used_by(owed, *(t for pasts in past.pasts for each in pasts for t in tensors(each).values()))
         self.requests[row], self._joined[row], self._left[row] = request, n, new

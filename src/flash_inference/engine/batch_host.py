@@ -77,6 +77,10 @@ class HostBatch:
         """Where prompts are read."""
         return nullcontext()
 
+    def prepared(self, request: Request) -> bool:
+        """Whether a request whose prompt is read can take a row: always, here."""
+        return True
+
     def enter(self, row: int, request: Request) -> None:
         """A request whose prompt is read, and whose first token is known, takes a row."""
         assert request.prefix is not None
