@@ -155,7 +155,7 @@ class GpuDecoder:
         for size in self.room.sides if self.channels else ():
             self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
             if size in self.plan.kept:
-                fft.prepare(self.channels, max(1, min(self.points // (2 * size), config.width)))
+                fft.prepare(self.channels, max(1, min(self.points // (4 * size), config.width)))
         self._warmed: set[int] = set()
         if batch == 1:
             self._warm(self.step, 1)

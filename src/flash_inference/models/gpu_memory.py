@@ -256,9 +256,9 @@ def _taps(shape: GpuShape, points: int, hidden_rows: int) -> int:
 
 
 def _made(channels: int, shape: GpuShape, n: int, length: int) -> int:
-    """Making spectra of n places: taps, their padding, transform and its workspace."""
-    points = max(1, min(points_at_once(channels, length) // n, shape.width)) * n
-    return max(_taps(shape, points, n), 2 * 4 * shape.hidden * n + 16 * points)
+    """Making spectra of n places: taps, their padding, transform and its workspace in float64, its rounding."""
+    points = max(1, min(points_at_once(channels, length) // (2 * n), shape.width)) * n
+    return max(_taps(shape, points, n), 2 * 4 * shape.hidden * n + 32 * points)
 
 
 def _tile(shape: GpuShape, run: GpuRunShape, kept: list[int], each: int) -> int:
