@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .blocked import cut, inside
-from .relaxed import square_levels, squares
-from .tile import Pair, Rectangle, Span
-from .triangle import Level, Triangle, next_power, require
+from .diagonal import Diagonal
+from .tile import Rectangle
+from .triangle import Level, next_power
 
 
 @dataclass(frozen=True, repr=False)
-class Separated(Triangle):
+class Separated(Diagonal):
     """Relaxed up to side `near`; above it, tiles of targets V with slack exactly V, for V = near, 2 near, .., N/4.
 
     Write V-block s for positions [s V, (s + 1) V). When V-block s is complete, after position (s + 1) V - 1:
@@ -25,32 +24,18 @@ class Separated(Triangle):
     Source: Gardner (1995), whose tiles stand off the diagonal for the same reason.
     """
 
-    near: int = 256
-    block: int = 1
     levels: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        Triangle.__post_init__(self)
-        require("Separated", "near", self.near, minimum=1, power=True)
-        require("Separated", "block", self.block, minimum=1, power=True)
-        require("Separated", "near", self.near, minimum=self.block, power=True)
+        Diagonal.__post_init__(self)
         top = max(next_power(self.limit) // 4, self.near)
         sizes = [1 << q for q in range(self.near.bit_length() - 1, top.bit_length())]
-        if (self.length is not None and self.length <= 2 * self.near) or (self.taps or self.limit) <= self.near + 1:
-            sizes = []
-        object.__setattr__(self, "levels", tuple(sizes))
+        object.__setattr__(self, "levels", () if self.suffices else tuple(sizes))
 
     @property
     def slacks(self) -> tuple[int, ...]:
         """One slack a level: V itself."""
         return self.levels
-
-    @property
-    def cap(self) -> int:
-        """The largest side of the squares: near, or less where the taps need less; 0 if one block holds the length."""
-        if self.length is not None and self.length <= self.block:
-            return 0
-        return self.near if self.taps is None else min(self.near, max(next_power(self.taps), self.block))
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -66,10 +51,9 @@ class Separated(Triangle):
             return 2 * size
         return -(-(self.limit - 1) // size) * size - size
 
-    def after(self, position: int) -> tuple[Rectangle, ...]:
-        """The square that ends at `position`, then one tile for every level that has a block that ends there."""
-        n = self.check(position) + 1
-        tiles = () if n % self.block else squares(self, n, self.cap)
+    def off(self, n: int) -> tuple[Rectangle, ...]:
+        """One tile for every level that has a block that ends at n."""
+        tiles = ()
         for size in self.levels:
             if n % size:
                 break
@@ -84,22 +68,6 @@ class Separated(Triangle):
             first = n - size if (n // size) % 2 else n - 2 * size
         return self.rectangle((first, n), (n + size, n + 2 * size))
 
-    def inline(self, position: int) -> tuple[Pair, ...]:
-        """(i, position) for every i of the block so far."""
-        return inside(self.check(position), self.block)
-
-    def span(self, start: int, n: int) -> Span:
-        """A few rectangles a level on either side; a tile wholly beyond the chunk stays as it is."""
-        stop = self.check_span(start, n)
-        levels = square_levels(self, self.block, self.cap)
-        levels += [self._level(size) for size in self.levels]
-        across = tuple(tile for level in levels for tile in level.before(start, stop))
-        return Span(
-            start,
-            stop,
-            before=cut(self, start, stop, self.block) + across,
-            after=tuple(tile for level in levels for tile in level.after(start, stop)),
-        )
-
-    def _level(self, size: int) -> Level:
-        return Level(size, self._back(size), 2 * size, lambda n: self._apart(size, n))
+    def off_levels(self) -> list[Level]:
+        """One level a size."""
+        return [Level(V, self._back(V), 2 * V, lambda n, V=V: self._apart(V, n)) for V in self.levels]
