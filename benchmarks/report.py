@@ -276,9 +276,10 @@ def tiles_plot(rows: list[dict[str, object]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(batches), figsize=(3.4 * len(batches), 3.4), sharey=True, layout="constrained")
     for axes, batch in zip([panels] if len(batches) == 1 else panels, batches, strict=True):
         some = [row for row in rows if row["batch"] == batch and "us" in row]
-        for impl, colour in (("direct", "#2e4057"), ("fft", "#66a182")):
+        for impl, colour in (("direct", "#2e4057"), ("toeplitz", "#edae49"), ("fft", "#66a182")):
             points = sorted((row["side"], row["us"]) for row in some if row["impl"] == impl)
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=impl)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=impl)
         sides = sorted({row["side"] for row in some})
         best = [min(row["us"] for row in some if row["side"] == side) for side in sides]
         least = [next(row["floor_us"] for row in some if row["side"] == side) for side in sides]

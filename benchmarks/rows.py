@@ -50,13 +50,13 @@ class Rows:
 
     def __init__(self, name: str, folder: Path, origin: dict[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.origin = folder / f"{name}.jsonl", origin
-        self.path.write_text("")
+        self.path, self.origin, self._mode = folder / f"{name}.jsonl", origin, "w"
 
     def add(self, row: dict[str, object]) -> None:
         """One more, printed as well."""
-        with self.path.open("a") as file:
+        with self.path.open(self._mode) as file:
             file.write(json.dumps(row | self.origin) + "\n")
+        self._mode = "a"
         print(json.dumps(row), flush=True)
 
 

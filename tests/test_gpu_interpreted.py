@@ -27,11 +27,10 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add  # noqa: E402
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add  # noqa: E402
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
 from flash_inference.testing import (  # noqa: E402
-    FFT_CONSTANT,
     direct_bound,
     fft_bound,
     greedy_differences,
@@ -45,6 +44,7 @@ from flash_inference.tiling import (  # noqa: E402
     Relaxed,
     schedule,
 )
+from kernel_laws import check_multiply  # noqa: E402
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
@@ -170,17 +170,7 @@ def test_what_is_packed_comes_back() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 256)])
 def test_multiply(shape: tuple[int, int], batch: int) -> None:
-    """Real sequences of 2 V places as V complex numbers, against their cyclic products in float64."""
-    channels, V = shape
-    x, r = torch.randn(channels * batch, 2 * V), torch.randn(channels, 2 * V)
-    z = torch.fft.fft(torch.view_as_complex(x.unflatten(1, (V, 2))))
-    fft = TileFFT(V, lambda first, stop, cut: r[:, first:stop])
-    multiply(z, fft.spectrum(range(channels)), fft.turns(z.device), batch)
-    got = torch.view_as_real(torch.fft.ifft(z, norm="forward")).flatten(1)
-    each = r.double().repeat_interleave(batch, dim=0)
-    exact = torch.fft.irfft(torch.fft.rfft(x.double()) * torch.fft.rfft(each), n=2 * V)
-    bound = FFT_CONSTANT * EPS * math.log2(4 * V) * x.double().norm(dim=1) * each.norm(dim=1)
-    assert ((got - exact).abs() <= bound[:, None]).all()
+    check_multiply(*shape, batch, "cpu")
 
 
 def check_fft(size: int, sources: int, targets: int, lag: int, channels: range, kept: bool) -> None:

@@ -16,8 +16,8 @@ if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
 
 from flash_inference.cli import tune_gpu  # noqa: E402
 from flash_inference.cli.tune_gpu import GpuCase, gpu_cases, measure_gpu  # noqa: E402
-from flash_inference.models import gpu  # noqa: E402
-from flash_inference.models.gpu_memory import NEAR  # noqa: E402
+from flash_inference.models import gpu, gpu_memory  # noqa: E402
+from flash_inference.models.gpu_memory import MANY, NEAR, NEAR_OF_MANY, near_side  # noqa: E402
 from flash_inference.ops.tile_conv import Choice, Measurement, measured  # noqa: E402
 from flash_inference.testing import random_model  # noqa: E402
 
@@ -32,6 +32,14 @@ def test_both_ways_pass_their_checks(batch: int) -> None:
         ("fft", 32, batch, 6, 0),
     ]
     assert all(m.microseconds > 0 and 0 < m.error < 1e-5 for m in found)
+
+
+def test_a_large_batch_is_measured_on_tensor_cores_too() -> None:
+    wrong: dict[str, str] = {}
+    found = list(measure_gpu(GpuCase(32, 3, MANY, "cpu"), 0, wrong))
+    assert not wrong
+    assert [m.impl for m in found] == ["direct", "toeplitz", "fft"]
+    assert all(0 < m.error < 1e-5 for m in found)
 
 
 @pytest.mark.parametrize("fault", [float("nan"), 1.01])
@@ -79,6 +87,19 @@ def test_the_crossover_is_the_last_side_that_direct_sums_win() -> None:
     assert choice.crossover_on("G", 20, 64) == 32
     assert choice.crossover_on("G", 1, 4000) is None
     assert choice.crossover_on("another", 1, 64) is None
+
+
+def test_tensor_cores_count_as_sums() -> None:
+    slow = table({32: (1, 9), 64: (20, 9)}, rows=32)
+    fast = Measurement(64, 32, 64, "torch.float32", "G", 0, "toeplitz", 5.0, 1e-7)
+    assert Choice(tuple(slow)).crossover_on("G", 32, 64) == 32
+    assert Choice((*slow, fast)).crossover_on("G", 32, 64) == 64
+
+
+def test_no_square_is_larger_than_a_step_can_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    won = Choice(tuple(table({side: (1, 9) for side in (32, 64, 128, 256, 512)})))
+    monkeypatch.setattr(gpu_memory, "measured", lambda: won)
+    assert [near_side("G", batch, 64) for batch in (1, 2, 32)] == [NEAR, NEAR_OF_MANY, NEAR_OF_MANY]
 
 
 def test_a_table_keeps_what_it_says_of_other_devices() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import pytest
@@ -13,11 +12,12 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("gpu: no CUDA device here, or Triton's interpreter is on", allow_module_level=True)
 pytest.importorskip("triton")
 
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, multiply, pack, unpack_add
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.testing import storage_bound
 from flash_inference.testing.bounds import FFT_CONSTANT
+from kernel_laws import check_multiply
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_memory")]
 
@@ -196,17 +196,7 @@ def test_a_square_on_tensor_cores(side: int, taps: int, dtype: torch.dtype, batc
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1024), (33, 4096)])
 def test_multiply(shape: tuple[int, int], batch: int) -> None:
-    """Real sequences of 2 V places as V complex numbers, against their cyclic products in float64."""
-    channels, V = shape
-    x, r = torch.randn(channels * batch, 2 * V, device=CUDA), torch.randn(channels, 2 * V, device=CUDA)
-    z = torch.fft.fft(torch.view_as_complex(x.unflatten(1, (V, 2))))
-    fft = TileFFT(V, lambda first, stop, cut: r[:, first:stop])
-    multiply(z, fft.spectrum(range(channels)), fft.turns(z.device), batch)
-    got = torch.view_as_real(torch.fft.ifft(z, norm="forward")).flatten(1)
-    each = r.double().repeat_interleave(batch, dim=0)
-    exact = torch.fft.irfft(torch.fft.rfft(x.double()) * torch.fft.rfft(each), n=2 * V)
-    bound = FFT_CONSTANT * EPS * math.log2(4 * V) * x.double().norm(dim=1) * each.norm(dim=1)
-    assert ((got - exact).abs() <= bound[:, None]).all()
+    check_multiply(*shape, batch, "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- large tiles

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import flash_inference as fi
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HALF = 1e-4
+BAR = 1e-4
 """What float32 may miss, relative to the spread of the logits: the bar of published models."""
 THEIRS = 2e-5
 """What those packages miss themselves: they transform in float32, over 2 x 97 places through two or three layers."""
@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("name", ["multimolecule", "stripedhyena"])
 
 
 @names
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, HALF), (torch.float64, THEIRS)], ids=["f32", "f64"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, BAR), (torch.float64, THEIRS)], ids=["f32", "f64"])
 def test_logits_are_the_other_program_s(name: str, dtype: torch.dtype, most: float) -> None:
     model, expected = fi.load(FIXTURES / name).to(dtype), load_file(FIXTURES / name / "expected.safetensors")
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_steps_are_the_other_program_s_forward(name: str) -> None:
         steps = [decoder.extend(state, ids[:, :prompt])[0]]
         steps += [decoder.extend(state, ids[:, t : t + 1])[0] for t in range(prompt, 97)]
         got = torch.stack(steps).double()
-        assert float((got - logits[prompt - 1 :]).abs().max()) <= HALF * float(logits.std())
+        assert float((got - logits[prompt - 1 :]).abs().max()) <= BAR * float(logits.std())
 
 
 def test_greedy_tokens_are_the_other_program_s() -> None:

@@ -61,11 +61,14 @@ def gpu_cases(free: int, quick: bool) -> Iterator[GpuCase]:
 def implementations(case: GpuCase, history: Tensor, rho: Tensor) -> dict[str, Callable[[], None]]:
     """The ways to pay the square: rows side .. 2 side - 1 of `history` [2 side, C B] from those before, rho [C, taps].
 
-    By FFT in the chunks, and with the spectra kept, of a decoder; directly up to DIRECT_SIDE.
+    By FFT in the chunks, and with the spectra kept, of a decoder; directly up to DIRECT_SIDE, and on tensor cores where
+    a decoder does that.
     """
     import torch
 
+    from flash_inference.models.gpu_memory import MANY
     from flash_inference.ops.tile_conv.fft_rows import TileFFT
+    from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
     from flash_inference.ops.tile_conv.triton import tile_rows
     from flash_inference.tiling.schedule import Pricing
 
@@ -81,8 +84,10 @@ def implementations(case: GpuCase, history: Tensor, rho: Tensor) -> dict[str, Ca
     if side > DIRECT_SIDE:
         return {"fft": by_fft}
     clock, near = torch.zeros(1, dtype=torch.long, device=rho.device), rho.T.contiguous()
-    direct = partial(tile_rows, history, near, range(side), range(side, 2 * side), clock, case.batch)
-    return {"direct": direct, "fft": by_fft}
+    ways = {"direct": partial(tile_rows, history, near, range(side), range(side, 2 * side), clock, case.batch)}
+    if case.batch >= MANY and SMALLEST <= side <= LARGEST:
+        ways["toeplitz"] = partial(tile_toeplitz, history, rho, side, 0, clock, case.batch)
+    return ways | {"fft": by_fft}
 
 
 def measure_gpu(case: GpuCase, seconds: float, wrong: dict[str, str]) -> Iterator[Measurement]:
@@ -158,7 +163,7 @@ def _judge(impl: str, history: Tensor, rho: Tensor, case: GpuCase) -> tuple[floa
         off = (whole[side:, c : c + piece].double() - exact).abs()
         transforms = 10 * math.log2(4 * side) * y.norm(dim=0) * taps.norm(dim=1)[:, None]
         bound = eps * transforms
-        if impl == "direct":
+        if impl != "fft":
             bound = (side + 1) * eps * _square(y.abs(), taps.abs()) + torch.finfo(torch.float64).eps * transforms
         worst = (off / bound).amax()
         if not bool(worst <= 1):

@@ -259,6 +259,7 @@ class Engine:
     def _vacate(self, request: Request) -> None:
         """Takes a request out of its row or the queue. The row is emptied when the next request enters it."""
         self.queue.remove(request)
+        self.batch.forget(request)
         if request.row is not None:
             row, request.row = request.row, None
             if self.batch.requests[row] is request:

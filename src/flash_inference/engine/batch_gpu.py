@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_inference.engine.batch_host import check_slots, endless, not_finite
 from flash_inference.engine.graph_clock import GraphClock
 from flash_inference.engine.plan import filter_bytes
-from flash_inference.engine.request import Request, Status
+from flash_inference.engine.request import Request
 from flash_inference.errors import NumericsError, StateError, TilingError
 from flash_inference.mixers.mixer import tensors
 from flash_inference.mixers.rows import inputs_of
@@ -46,7 +46,6 @@ class Flight:
 class Sums:
     """What a prompt owes the positions behind it [N, C], once `done`, an event of the stream that sums it."""
 
-    request: Request
     owed: Tensor
     done: Any
 
@@ -157,16 +156,13 @@ class GpuBatch(GraphClock):
     @torch.no_grad()
     def prepared(self, request: Request) -> bool:
         """Whether what a request's prompt owes is summed; begins that, for PROMPTS requests at once at most."""
-        gone = [number for number, sums in self._sums.items() if sums.request.status is not Status.WAITING]
-        for number in gone:
-            del self._sums[number]
         if request.number not in self._sums:
             if len(self._sums) == PROMPTS:
                 return False
             assert request.prefix is not None
             assert request.prefix.state is not None
             owed = self._owed(request.prefix.state, request.left)
-            self._sums[request.number] = Sums(request, owed, self.aside.record_event() if self.cuda else None)
+            self._sums[request.number] = Sums(owed, self.aside.record_event() if self.cuda else None)
         done = self._sums[request.number].done
         return done is None or done.query()
 
@@ -192,6 +188,10 @@ class GpuBatch(GraphClock):
         self._used_by(owed, *(t for pasts in past.pasts for each in pasts for t in tensors(each).values()))
         self.requests[row], self._joined[row], self._left[row] = request, n, new
         request.prefix = None
+
+    def forget(self, request: Request) -> None:
+        """A request does not wait any more: what was summed for it is given back."""
+        self._sums.pop(request.number, None)
 
     def leave(self, request: Request) -> ModelState:
         """A row of a GPU stays where it is."""

@@ -81,6 +81,9 @@ class HostBatch:
         """Whether a request whose prompt is read can take a row: always, here."""
         return True
 
+    def forget(self, request: Request) -> None:
+        """A request does not wait any more; nothing was prepared for it."""
+
     def enter(self, row: int, request: Request) -> None:
         """A request whose prompt is read, and whose first token is known, takes a row."""
         assert request.prefix is not None

@@ -81,10 +81,6 @@ class GpuSteps(Protocol):
         """What the mixers with a past of their own keep of `batch` sequences, each of at most `rows` positions."""
         ...
 
-    def pending_bytes(self, rows: int) -> int:
-        """Bytes of that for one sequence."""
-        ...
-
     def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
         """Puts the pasts behind a row's prompt, block by block and mixer by mixer, where its steps find them.
 

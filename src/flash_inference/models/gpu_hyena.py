@@ -51,10 +51,6 @@ class HyenaSteps:
         """Empty pasts of the short convolutions."""
         return torch.stack([block.mixer.short.init(batch).pending.transpose(0, 1) for block in self.exact.blocks])
 
-    def pending_bytes(self, rows: int) -> int:
-        """Bytes of those of one sequence."""
-        return sum(block.mixer.short.past_bytes(rows) for block in self.exact.blocks)
-
     def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
         """Puts a row's pasts into the tensor; they know no clock."""
         for number, (past,) in enumerate(pasts):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GRAPH = 16
 """Positions a graph; pairs inside them are inline."""
 NEAR, NEAR_OF_MANY = 256, 128
-"""Largest side that is paid at once, of one row and of several, where `flash-inference tune` has not measured it."""
+"""Largest side that is paid at once, of one row and of several; less where `flash-inference tune` says so."""
 MANY = 16
 """Rows from which squares are paid on tensor cores, from the first taps channel by channel: fewer leave them idle."""
 BLAS = 32 << 20
@@ -43,9 +43,10 @@ MARGIN = 1 << 30
 def near_side(device: str, batch: int, channels: int) -> int:
     """The largest side to pay at once on a GPU of that name: as `flash-inference tune` measured it, or a default.
 
-    A square of side 256 takes a batch longer than a step: its rows would stand out.
+    At most the default: a larger square takes longer than a step, and its positions would stand out.
     """
-    return max(GRAPH, measured().crossover_on(device, batch, channels) or (NEAR if batch == 1 else NEAR_OF_MANY))
+    most = NEAR if batch == 1 else NEAR_OF_MANY
+    return max(GRAPH, min(most, measured().crossover_on(device, batch, channels) or most))
 
 
 def fits_bfloat16(weight: Tensor) -> bool:

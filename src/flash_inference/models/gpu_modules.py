@@ -125,10 +125,6 @@ class ModuleSteps:
             zeros = torch.zeros(batch + 1, dtype=torch.long, device=self.model.embedding.weight.device)
             return Pasts(pasts, zeros[:batch], zeros[batch:])
 
-    def pending_bytes(self, rows: int) -> int:
-        """Bytes of the pasts of one sequence."""
-        return sum(mixer.past_bytes(rows) for block in self.model.blocks for mixer in block.mixers)
-
     def keep(self, run: GpuRun, row: int, pasts: list[list[Any]], prompt: int, clock: int) -> None:
         """Puts a row's pasts in their places, as if its prompt had ended at `clock`."""
         run.pending.start[row] = clock - prompt

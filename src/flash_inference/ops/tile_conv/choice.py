@@ -75,7 +75,9 @@ class Choice:
         return min((m for m in pool if distance(m) <= least + 1e-9), key=lambda m: m.microseconds).impl
 
     def crossover_on(self, device: str, rows: int, channels: int) -> int | None:
-        """The largest measured side up to which a GPU, by its name, sums squares directly no slower than by FFT.
+        """The largest measured side up to which a GPU, by its name, sums squares no slower than by FFT.
+
+        It sums directly, or on tensor cores where that was measured.
 
         Of the measured batches and channels the nearest counts, in octaves. None where nothing was measured.
         """
@@ -87,7 +89,8 @@ class Choice:
         times = {(m.side, m.impl): m.microseconds for m in pool if (m.rows, m.channels) == nearest}
         found = None
         for side in sorted({side for side, _ in times}):
-            if times.get((side, "direct"), math.inf) > times.get((side, "fft"), math.inf):
+            summed = min(times.get((side, impl), math.inf) for impl in ("direct", "toeplitz"))
+            if summed > times.get((side, "fft"), math.inf):
                 break
             found = side
         return found
