@@ -213,13 +213,13 @@ class Engine:
                 if None not in self.batch.requests:
                     break
                 continue
-            ready = prefix.error is not None or self.batch.prepared(request)
+            ready = self.batch.prepared(request)
             if None not in self.batch.requests:
                 break
             if not ready:
                 continue
-            if prefix.error is not None:
-                events.append(self._fail(request, prefix.error))
+            if (error := prefix.error) is not None:
+                events.append(self._fail(request, error))
             elif not request.tokens:
                 assert prefix.logits is not None
                 events.append(self._take(request, int(request.sampler(prefix.logits[None]))))

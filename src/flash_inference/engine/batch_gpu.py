@@ -22,15 +22,19 @@ from flash_inference.mixers.rows import inputs_of
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.decoder import ModelState
 from flash_inference.models.gpu import GRAPH, GpuDecoder, tuned_near
-from flash_inference.models.gpu_memory import GpuRunShape, GpuShape, free_on, gpu_bytes
+from flash_inference.models.gpu_memory import READ, GpuRunShape, GpuShape, free_on, gpu_bytes
+from flash_inference.models.gpu_prompt import PromptReader
 from flash_inference.models.rows import row_bytes
 from flash_inference.ops.tile_conv.fft_rows import stretches
 from flash_inference.tiling import Tiling
+from flash_inference.tiling.schedule import Pricing
 
 AHEAD = 6
 """Graphs whose tokens the host may not have seen when it launches one more."""
 PROMPTS = 2
 """Prompts of full length for which memory is left beside the rows."""
+PRICING = Pricing(target=240.0)
+"""Large chunks of tiles: each costs the host five launches, and a position of many rows takes long enough for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +62,20 @@ class GpuBatch(GraphClock):
     graph's square falls into spare rows behind its end, which are then added to its beginning.
 
     **A row joins** at position n, between two graphs. What its prompt's inputs owe the positions to come was summed
-    beside decoding. Then, of its column alone: what stands before n is zeroed, what stands from n on is overwritten by
-    those sums, and the mixers' pasts and the token take their places. This is right whatever tiles of the former
+    beside decoding. Then, of its column alone: what stands from n on is overwritten by those sums, what stands before
+    counts as zero, and the mixers' pasts and the token take their places. This is right whatever tiles of the former
     occupant are half paid:
 
-    - a chunk handed over before n adds to the column before it is overwritten, since the background stream does both in
-      this order, and the graphs' stream waits for that one before it touches the column;
-    - a chunk handed over later, of a tile that was ready before n, reads only positions before n, which are zero now;
+    - a chunk handed over before n adds to the column before it is overwritten. For such chunks add only to positions
+      behind the near-block that n lies in (those that add to this one are over by now), and these are overwritten on
+      the background stream, which does both in this order;
+    - a chunk handed over later, of a tile that was ready before n, finds `since` of the row, and reads zeros;
     - a tile that becomes ready later has sources on both sides of n: zeros before it, the row's own inputs behind it.
 
     Hence position t of the row gets the prompt's share, and each input of n .. t - 1 once. What the ring holds from its
-    last round is never read: a row's own positions are all overwritten as it joins. Only what the graphs' own squares
-    may touch before position n + near, `near` rows before n and 2 `near` behind it, is written while the graphs wait;
-    the rest is written beside them.
+    last round is never read: a row's own positions are all overwritten as it joins. The graphs wait for nothing but
+    what they touch themselves: on their own stream, n's near-block becomes zeros before n, which their squares may
+    read, and sums behind it.
 
     **A row leaves** when its last graph is launched, if its limit ends it: at most 15 positions are lost. The host sees
     tokens when their graph is done, with up to AHEAD graphs behind it launched already; so a stop token, a cancel or a
@@ -80,20 +85,21 @@ class GpuBatch(GraphClock):
     while one has a row, the kernels of all are launched one by one and wait for it.
     """
 
-    piece = 2048
-    """Positions of prompts that a step reads: few large pieces, since each costs the host some thousand launches."""
+    piece = READ
+    """Positions of prompts that a step reads."""
 
     def __init__(self, gpu: GpuDecoder, memory: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(gpu, gpu.open(), gpu.step_of(gpu.batch), None)
-            self.reader = gpu.exact.decoder(gpu.length)
+            self.reader = PromptReader(gpu.exact, gpu.length)
         self.aside: Any = torch.cuda.Stream(priority=0) if self.cuda else None
         self.ring, self.top, self.near = self.run.rows, gpu.room.top, gpu.near_side
         self.period = max(self.top, self.near)
         self.fixed = gpu.plan.total + prompt_filters(gpu.model, gpu.length, gpu.room.lives)
         self.left = memory - self.fixed
         self.requests: list[Request | None] = [None] * gpu.batch
-        self._joined, self._left = [0] * gpu.batch, [0] * gpu.batch
+        self._left = [0] * gpu.batch
+        self._since = torch.zeros(gpu.batch, dtype=torch.long, device=self.device)
         self._flights: deque[Flight] = deque()
         self._sums: dict[int, Sums] = {}
         if self.cuda:
@@ -113,13 +119,14 @@ class GpuBatch(GraphClock):
         near = tuned_near(device, slots, shape.channels)
         prompts = PROMPTS * (row_bytes(model, length) + 4 * shape.channels * new_tokens)
         free = memory - prompts - prompt_filters(model, length, new_tokens)
-        run = GpuRunShape(length, batch=slots, near=near, lives=new_tokens)
+        run = GpuRunShape(length, batch=slots, near=near, lives=new_tokens, pricing=PRICING)
 
         def needed(slots: int) -> int:
             return gpu_bytes(shape, replace(run, batch=slots), 0).total + memory - free
 
         check_slots(slots, new_tokens, needed(slots), memory, bisect_right(range(1, slots), memory, key=needed))
-        return cls(GpuDecoder(model, length, near=near, batch=slots, lives=new_tokens, free=free), memory)
+        decoder = GpuDecoder(model, length, near=near, batch=slots, lives=new_tokens, free=free, pricing=PRICING)
+        return cls(decoder, memory)
 
     @property
     def clock(self) -> int:
@@ -148,6 +155,8 @@ class GpuBatch(GraphClock):
         with self.on("main"):
             for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
                 self._sixteen(side)
+        with self.reading():
+            self.reader.prepare()
 
     def reading(self) -> AbstractContextManager[Any]:
         """Where prompts are read: on a stream of their own, beside the graphs."""
@@ -173,20 +182,21 @@ class GpuBatch(GraphClock):
         past, new, n, near = request.prefix.state, request.left, self.clock, self.near
         assert past is not None
         owed = self._sums.pop(request.number).owed
-        self._wait("main", "back")
-        before, soon = max(self._joined[row], n - near - self.top), min(new, 2 * near)
+        first = n - n % near + near
         with self.on("main"):
-            self._put(row, range(max(before, n - near), n), None)
-            self._put(row, range(n, n + soon), owed[:soon])
+            self._put(row, range(first - near, n), None)
+            self._put(row, range(n, min(first, n + new)), owed)
             self.decoder.steps.keep(self.run, row, past.pasts, past.clock, n)
             self._embed(row, request.tokens[-1])
-        self._wait("back", "main")
         with self.on("back"):
-            self._put(row, range(before, n - near), None)
-            self._put(row, range(n + soon, n + new), owed[soon:new])
-        self._ends_by(n + near)
+            self._since[row] = n
+        # A near-block that begins is added to by the last graph before it.
+        for start, stop in ((first, first + near), (first + near, n + new)):
+            with self.on("back"):
+                self._put(row, range(start, min(stop, n + new)), owed[start - n :])
+            self._ends_by(start - GRAPH)
         self._used_by(owed, *(t for pasts in past.pasts for each in pasts for t in tensors(each).values()))
-        self.requests[row], self._joined[row], self._left[row] = request, n, new
+        self.requests[row], self._left[row] = request, new
         request.prefix = None
 
     def forget(self, request: Request) -> None:
@@ -284,12 +294,7 @@ class GpuBatch(GraphClock):
 
     def _pay(self, chunk: Any) -> None:
         fft = self.decoder.ffts[chunk.size]
-        fft.pay(self.run.history, chunk.sources, chunk.targets, chunk.channels, self.batch, self.ring)
-
-    def _wait(self, stream: str, other: str) -> None:
-        """What is handed to a stream from now on comes behind all that another has."""
-        if self.cuda:
-            getattr(self, stream).wait_event(getattr(self, other).record_event())
+        fft.pay(self.run.history, chunk.sources, chunk.targets, chunk.channels, self.batch, self.ring, self._since)
 
     def _used_by(self, *given: Tensor) -> None:
         """The allocator leaves these alone until the streams have read them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ class Prefix:
         self.tokens = tokens if base is None else torch.cat([base.tokens, tokens])
         self.chunk, self.base = chunk, base
         self.state: ModelState | None = None
-        self.logits: Tensor | None = None
-        self.error: NumericsError | None = None
+        self._told: tuple[Tensor, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -34,6 +35,25 @@ class Prefix:
     def ready(self) -> bool:
         """Whether all of it is read."""
         return self.state is not None and self.state.clock == len(self)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Those behind the last token [V], on the host; None before it is ready. Waits for a device that reads it."""
+        if self._told is not None and self._told[1] is not None:
+            self._told[1].synchronize()
+            self._told = self._told[0].clone(), None
+        return None if self._told is None else self._told[0]
+
+    @property
+    def error(self) -> NumericsError | None:
+        """Why nothing can go on behind it. Waits as `logits` does."""
+        logits = self.logits
+        if logits is None or torch.isfinite(logits.max()):
+            return None
+        return NumericsError(
+            f"the logits after a prompt of {len(self)} tokens are not finite. Check the weights, the filter and the "
+            "prompt: `flash-inference verify` names the first position that differs."
+        )
 
     @property
     def nbytes(self) -> int:
@@ -60,12 +80,7 @@ class Prefix:
         device = decoder.model.embedding.weight.device
         logits = decoder.extend(self.state, self.tokens[None, first:last].to(device))
         if last == len(self):
-            self.logits = logits[0].cpu().clone()
-            if not torch.isfinite(self.logits.max()):
-                self.error = NumericsError(
-                    f"the logits after a prompt of {last} tokens are not finite. Check the weights, the filter and the "
-                    "prompt: `flash-inference verify` names the first position that differs."
-                )
+            self._told = _to_host(logits[0])
         return last - first
 
     def _begin(self, decoder: Decoder) -> ModelState:
@@ -74,3 +89,12 @@ class Prefix:
         assert self.base.state is not None
         past, self.base = self.base.state, None
         return lengthened(decoder, past, len(self))
+
+
+def _to_host(logits: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host, and an event behind which it is there; none if it is there now."""
+    if not logits.is_cuda:
+        return logits.clone(), None
+    here = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    here.copy_(logits, non_blocking=True)
+    return here, torch.cuda.current_stream().record_event()

@@ -30,8 +30,10 @@ BLAS = 32 << 20
 """What PyTorch gives cuBLAS to work in, a stream, on devices of compute capability 9."""
 BEHIND = 8
 """Graphs of which a ring still holds the tokens."""
-OWED = 1 << 23
+OWED = 1 << 25
 """Points of transforms that are made at once where a prompt is paid forward beside running rows."""
+READ = 2048
+"""Positions of a prompt that are read at once beside running rows."""
 NODE = 4096
 """About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
 CHUNK = 64
@@ -284,9 +286,9 @@ def _prefill(shape: GpuShape, run: GpuRunShape) -> int:
     total, P = run.length, run.prompt
     points, half = points_at_once(shape.channels, total), 2 * shape.activations * P
     if run.lives:
-        n = 2 * next_power(total)
+        n, read = 2 * next_power(total), min(READ, total)
         width = max(2, min(OWED // n, shape.channels))
-        return 32 * width * n + _taps(shape, width * n, n)
+        return 32 * width * n + _taps(shape, width * n, n) + 4 * (shape.activations + shape.channels) * read
     if P == 1:
         width = max(1, min(points // total, shape.width))
         return half + _taps(shape, width * total, total) + (8 * width * total if width < shape.width else 0)

@@ -15,16 +15,20 @@ from torch import Tensor
 from flash_inference.errors import ShapeError
 
 
-def pack(history: Tensor, start: int, n: int, channels: range, out: Tensor) -> None:
+def pack(
+    history: Tensor, start: int, n: int, channels: range, out: Tensor, since: Tensor | None = None, position: int = 0
+) -> None:  # fmt: skip
     """out[c, :n] = history[start : start + n, channels[c]] in float32, then zeros; history [rows, C].
 
-    Rows of `out` are contiguous; it may be the end of wider rows.
+    Rows of `out` are contiguous; it may be the end of wider rows. With `since` [B], column c belongs to sequence c % B,
+    which begins at position since[c % B]: what stands before is zero, row `start` being position `position`.
     """
     grid = (triton.cdiv(out.shape[1], 64), triton.cdiv(len(channels), 64))
     unit = _unit(channels.start, len(channels))
     _pack[grid](
-        history, out, start, n, channels.start // unit, len(channels) // unit, out.shape[1], out.stride(0),
-        history.shape[1], num_warps=8, SIDE=64, UNIT=unit,
+        history, out, history if since is None else since, start, n, position, channels.start // unit,
+        len(channels) // unit, out.shape[1], out.stride(0), history.shape[1], num_warps=8, SIDE=64, UNIT=unit,
+        ROWS=0 if since is None else len(since),
     )  # fmt: skip
 
 
@@ -113,11 +117,13 @@ class TileFFT:
         return self._turns
 
     def pay(
-        self, history: Tensor, sources: range, targets: range, channels: range, batch: int = 1, ring: int | None = None
-    ) -> None:
+        self, history: Tensor, sources: range, targets: range, channels: range, batch: int = 1,
+        ring: int | None = None, since: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Adds to targets what sources owe them; history [rows, C batch], `channels` are of the filter.
 
-        With `ring` history holds position i in row i modulo it.
+        With `ring` history holds position i in row i modulo it. With `since` [batch], sequence b begins at position
+        since[b], and owes nothing from before.
         """
         S, T, n = len(sources), len(targets), 2 * self.size
         if targets.start - sources.stop != self.lag or n < S + T:
@@ -128,7 +134,7 @@ class TileFFT:
         lanes = range(channels.start * batch, channels.stop * batch)
         places = torch.empty(len(lanes), n, device=history.device)
         for place, start, count in stretches(sources, ring):
-            pack(history, start, count, lanes, places[:, place:])
+            pack(history, start, count, lanes, places[:, place:], since, sources.start + place)
         sums = self._circle(places, self.spectrum(channels), batch)
         for place, start, count in stretches(targets, ring):
             unpack_add(sums, S + place, history, start, count, lanes)
@@ -190,13 +196,20 @@ def _multiply(z, rho, turns, half, V, SIZE: tl.constexpr, BATCH: tl.constexpr):
     tl.store(far, tl.join(e + h, g - f), known)
 
 
-@triton.jit(do_not_specialize=["start", "n", "first", "count"])
-def _pack(history, out, start, n, first, count, places, wide, C, SIDE: tl.constexpr, UNIT: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "n", "position", "first", "count"])
+def _pack(
+    history, out, since, start, n, position, first, count, places, wide, C, SIDE: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     first, count = first * UNIT, count * UNIT
     time = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
     lane = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     at = (start + time).to(tl.int64)[:, None] * C + (first + lane)[None, :]
-    tile = tl.load(history + at, (time < n)[:, None] & (lane < count)[None, :], 0.0).to(tl.float32)
+    wanted = (time < n)[:, None] & (lane < count)[None, :]
+    if ROWS:
+        begun = tl.load(since + (first + lane) % ROWS)
+        wanted &= (time.to(tl.int64) + position)[:, None] >= begun[None, :]
+    tile = tl.load(history + at, wanted, 0.0).to(tl.float32)
     to = lane.to(tl.int64)[:, None] * wide + time[None, :]
     tl.store(out + to, tl.trans(tile), (lane < count)[:, None] & (time < places)[None, :])
 
