@@ -40,7 +40,7 @@ class PromptReader(Decoder):
         weight, channels = model.embedding.weight, self.stack.filter.channels if self.stack else 0
         with torch.inference_mode(False):
             self._tokens = torch.zeros(1, most, dtype=torch.long, device=weight.device)
-            self._count = torch.zeros(1, dtype=torch.long, device=weight.device)
+            self._count = torch.ones(1, dtype=torch.long, device=weight.device)
             like = torch.empty(0) if self.stack is None else self.stack.filter.rho
             self._inputs = like.new_zeros(channels, most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, list[Any]]]] = {}
