@@ -151,12 +151,17 @@ class GpuBatch(GraphClock):
         return list(dict.fromkeys([request for request in self.requests if request is not None] + flying))
 
     def prepare(self) -> None:
-        """Captures every graph: one for each side of the square behind it."""
+        """Captures every graph, one for each side of the square behind it, and runs once what else a join runs."""
         with self.on("main"):
             for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
                 self._sixteen(side)
+            self._embed(0, 0)
         with self.reading():
             self.reader.prepare()
+            new = self.decoder.room.lives
+            while new and self.decoder.channels:
+                self.decoder.owed(torch.zeros(self.decoder.channels, GRAPH, device=self.device), new)
+                new //= 2
 
     def reading(self) -> AbstractContextManager[Any]:
         """Where prompts are read: on a stream of their own, beside the graphs."""
@@ -189,7 +194,7 @@ class GpuBatch(GraphClock):
             self.decoder.steps.keep(self.run, row, past.pasts, past.clock, n)
             self._embed(row, request.tokens[-1])
         with self.on("back"):
-            self._since[row] = n
+            self._since[row : row + 1].fill_(n)
         # A near-block that begins is added to by the last graph before it.
         for start, stop in ((first, first + near), (first + near, n + new)):
             with self.on("back"):
@@ -289,7 +294,8 @@ class GpuBatch(GraphClock):
     def _embed(self, row: int, token: int) -> None:
         """A row's next input is that token. The others' tokens are embedded again, to the same numbers."""
         run = self.run
-        self.step.token[row] = token
+        # `token[row] = ..` would wait for all that the stream has.
+        self.step.token[row : row + 1].fill_(token)
         self.step.embed(run.clock, run.tokens, run.host_tokens, run.stamps, 0, last=False, greedy=False, pdl=False)
 
     def _pay(self, chunk: Any) -> None:

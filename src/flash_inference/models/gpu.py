@@ -22,6 +22,7 @@ from flash_inference.models.gpu_memory import (
     GRAPH,
     MANY,
     OWED,
+    READ,
     GpuBytes,
     GpuRunShape,
     GpuShape,
@@ -139,6 +140,7 @@ class GpuDecoder:
         with torch.inference_mode(False), torch.no_grad():
             taps = self.padded(0, 2 * near + 1, range(self.channels))
             self.near, self.by_channel = taps.T.contiguous(), taps.contiguous() if batch >= MANY else None
+            self.first = self.padded(0, min(READ + near, length), range(self.channels)) if lives else taps
             settings = {"near": self.near, "diagonal": filters.skip + self.near[0], "block": GRAPH}
             self.steps: GpuSteps = (
                 HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
@@ -268,25 +270,25 @@ class GpuDecoder:
     def owed(self, inputs: Tensor, new: int) -> Tensor:
         """What inputs [C, P] of all convolutions owe the next `new` positions: [new, C], float32.
 
-        The first `near` of them by taps evaluated now; those behind by spectra that are kept for tiles, where a circle
-        holds them. O((P + new) log(P + new)) a channel.
+        The first `near` of them by taps; those behind by spectra that are kept for tiles, where a circle holds them.
+        O((P + new) log(P + new)) a channel.
         """
         P, near = inputs.shape[1], self.near_side
         out = torch.zeros(new, self.channels, device=self.device)
         fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
         far = next(fits, None) if new > near else None
         first = new if far is None else near
-        soon = TileFFT(next_power(P + min(first, new)) // 2, self._taps)
+        known = P + min(first, new) <= self.first.shape[1]
+        soon = TileFFT(next_power(P + min(first, new)) // 2, self._first if known else self.padded)
         for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
             for lanes in self._lanes(2 * fft.size):
                 fft.owe(inputs, rows, lanes)
         return out
 
-    def _taps(self, first: int, stop: int, lanes: range) -> Tensor:
-        """As `padded`, from the taps that are kept where these suffice."""
-        if stop > len(self.near):
-            return self.padded(first, stop, lanes)
-        return self.near[first:stop, lanes.start : lanes.stop].T
+    def _first(self, first: int, stop: int, lanes: range) -> Tensor:
+        """As `padded`, from the taps that are kept; zeros behind those."""
+        taps = self.first[lanes.start : lanes.stop, first:stop]
+        return torch.nn.functional.pad(taps, (0, stop - first - taps.shape[1]))
 
     def _lanes(self, n: int) -> list[range]:
         """Channels whose transforms of n points are made at once: few large ones, since the host launches each."""

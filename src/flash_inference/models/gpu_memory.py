@@ -192,9 +192,9 @@ class GpuRunShape:
 class GpuBytes:
     """Bytes on a GPU by what they are for; `own` are the model's, which stand there before.
 
-    weights: copies as they are streamed; filters: near taps, and the filter networks' last hidden layers; spectra: of
-    the sides in `kept`; state: history and the other pasts; workspace: the most that is in flight beside all that;
-    graphs: the driver's, an estimate.
+    weights: copies as they are streamed; filters: near taps, READ more where rows come and go, and the filter networks'
+    last hidden layers; spectra: of the sides in `kept`; state: history and the other pasts; workspace: the most that is
+    in flight beside all that; graphs: the driver's, an estimate.
     """
 
     own: int
@@ -224,6 +224,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     """
     C, B = shape.channels, run.batch
     near_taps = 4 * C * (2 * run.near + 1)
+    first_taps = 4 * C * min(READ + run.near, run.length) if run.lives else 0
     kept, used = list[int](), 0
     for size in run.sides:
         cost = 8 * (size + 1) * C
@@ -241,7 +242,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     return GpuBytes(
         own=shape.own,
         weights=shape.copies,
-        filters=near_taps * (2 if B >= MANY else 1) + 8 * C,
+        filters=near_taps * (2 if B >= MANY else 1) + first_taps + 8 * C,
         spectra=used,
         state=state,
         workspace=small + BLAS + max(state + at_once, tried, made, 2 * near_taps) - state,

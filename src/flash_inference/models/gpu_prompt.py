@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class PromptReader(Decoder):
     """A Decoder that takes in the first READ positions of a sequence by a captured graph: what `extend` does otherwise.
 
-    There is a graph for each power of two of positions; a prompt stands at its beginning. Behind it the inputs of the
+    There are graphs of 2^q and 3 * 2^q positions; a prompt stands at the beginning of one. Behind it the inputs of the
     convolutions are zero, and what the mixers keep is made anew from the last inputs that entered them before: so a
     prompt's numbers do not depend on what was read by the same graph. Models whose mixers reach back further than a few
     taps, several rows, and pieces that begin later run as in any Decoder. Tokens have been checked by the caller: a
@@ -35,8 +35,8 @@ class PromptReader(Decoder):
         mixers = [mixer for block in model.blocks for mixer in block.mixers]
         short = all(isinstance(mixer, ShortConv | FiniteResponse) for mixer in mixers)
         most = min(READ, length) if self.stack and short else 0
-        self.sizes = [GRAPH << q for q in range((most // GRAPH).bit_length()) if GRAPH << q < most]
-        self.sizes += [most] if most else []
+        steps = [base << q for q in range(most.bit_length()) for base in (GRAPH, GRAPH * 3 // 2)]
+        self.sizes = [size for size in steps if size < most] + ([most] if most else [])
         weight, channels = model.embedding.weight, self.stack.filter.channels if self.stack else 0
         with torch.inference_mode(False):
             self._tokens = torch.zeros(1, most, dtype=torch.long, device=weight.device)
