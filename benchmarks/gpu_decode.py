@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -152,6 +153,7 @@ def stats(loop: GpuLoop, skip: int) -> dict[str, float]:
     return {
         "mean_us": float(steps.mean()), "median_us": float(q[0]), "p99_us": float(q[1]), "p999_us": float(q[2]),
         "worst_us": float(q[3]), "worst_over_median": float(q[3] / q[0]), "worst_at": int(steps.argmax()) + skip,
+        "next_worst_us": [round(float(us), 1) for us in np.sort(steps)[-5:-1]],
         "steps": len(steps), "clock_ns": int(np.diff(np.unique(stamps))[:2000].min()),
     }  # fmt: skip
 
@@ -160,9 +162,13 @@ def whole(decoder: GpuDecoder, new: int) -> tuple[GpuLoop, Tensor, float]:
     """A real run, tokens read by the host as they come: the loop, its tokens, seconds."""
     loop = GpuLoop(decoder, PROMPT, new)
     loop.prepare()
+    asked = torch.cuda.memory_stats()["num_device_alloc"]
     start = time.perf_counter()
     tokens = torch.tensor(list(loop))
-    return loop, tokens, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if (more := torch.cuda.memory_stats()["num_device_alloc"] - asked) > 0:
+        print(f"the driver was asked for memory {more} times during the run", file=sys.stderr)
+    return loop, tokens, seconds
 
 
 def mixing(decoder: GpuDecoder, new: int, segments: int) -> dict[str, object]:
