@@ -162,6 +162,7 @@ class GpuBatch(GraphClock):
             while new and self.decoder.channels:
                 self.decoder.owed(torch.zeros(self.decoder.channels, GRAPH, device=self.device), new)
                 new //= 2
+        self.decoder.hold(self.batch)
 
     def reading(self) -> AbstractContextManager[Any]:
         """Where prompts are read: on a stream of their own, beside the graphs."""

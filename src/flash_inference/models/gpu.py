@@ -154,7 +154,7 @@ class GpuDecoder:
             self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
             if size in self.plan.kept:
                 fft.prepare(self.channels, max(1, min(self.points // (4 * size), config.width)))
-        self._warmed: set[int] = set()
+        self._largest: dict[int, int] = {}
         if batch == 1:
             self._warm(self.step, 1)
 
@@ -316,17 +316,28 @@ class GpuDecoder:
                 run.clock.fill_(run.lead)
                 side *= 2
             positions(self, step, run, 0, None)
-        if batch not in self._warmed:
-            self._warmed.add(batch)
+        if batch not in self._largest:
             cuts = replace(self.room, batch=batch).cuts(self.channels, self.config.width) if self.channels else set()
             with torch.cuda.stream(self.back if self.bounded else self.main):
                 for size, channels in sorted(cuts):
                     self.ffts[size].warm(run.history, channels, batch)
-                if self.bounded and cuts:
-                    # Left with the allocator in one piece, so that no chunk of a run has to ask the driver for memory.
-                    most = max(size * channels for size, channels in cuts)
-                    torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)
+            self._largest[batch] = max((size * channels for size, channels in cuts), default=0)
         torch.cuda.synchronize()
+
+    def hold(self, batch: int) -> None:
+        """Leaves memory for chunks with the allocator, in one piece, so that none has to ask the driver in a run.
+
+        That would stall the run for milliseconds. Whoever captures a graph calls it afterwards, for a capture gives all
+        that the allocator keeps back to the driver.
+        """
+        most = self._largest.get(batch, 0)
+        if not self.bounded or not most:
+            return
+        with torch.cuda.stream(self.back):
+            held = [torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)]
+            # Small tensors come from pages of their own.
+            held += [torch.empty(1 << 19, dtype=torch.uint8, device=self.device) for _ in range(8)]
+            del held
 
 
 def unusable(weight: Tensor) -> str | None:

@@ -235,8 +235,8 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
-    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, CHUNK if run.bounded else 40)
-    at_once = max(_prefill(shape, run), _tile(shape, run, kept, 32))
+    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, 40)
+    at_once = max(_prefill(shape, run), _tile(shape, run, kept, CHUNK if run.bounded else 32))
     if B > 1:
         made = max(made, 8 * shape.largest)
     return GpuBytes(
