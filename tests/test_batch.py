@@ -29,6 +29,7 @@ from flash_inference.errors import (
     TokenError,
 )
 from flash_inference.mixers.rows import inputs_of
+from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.models.rows import fork, leave, lengthened, row_bytes, slot_bytes
 from flash_inference.models.snapshot import load_state, save_state
 from flash_inference.testing import random_model
@@ -587,3 +588,28 @@ def test_an_engine_runs_for_ever_in_fixed_memory() -> None:
             memory.append(tensor_bytes())
     assert len(memory) >= 5
     assert len(set(memory)) == 1
+
+
+def test_steps_beside_blas_keep_pytorch_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pools of threads on the same cores wait for each other; the caller's setting comes back."""
+    model, seen = random_model(2, layers=1, vocab_size=31, width=8, length=60), list[tuple[int, int]]()
+    extend = Decoder.extend
+
+    def noted(decoder: Decoder, state: ModelState, tokens: Tensor, *, every: bool = False) -> Tensor:
+        if tokens.shape[1] == 1 and state.step is not None and state.clock >= 4:
+            seen.append((len(tokens), torch.get_num_threads()))
+        return extend(decoder, state, tokens, every=every)
+
+    monkeypatch.setattr(Decoder, "extend", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows in (1, 3):
+            generate(model, [[1, 2, 3, 4]] * rows, max_new_tokens=9)
+        engine = Engine(model, slots=2, new_tokens=9, length=40)
+        engine.submit([1, 2, 3, 4, 5], max_new_tokens=9)
+        engine.run()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {(1, 2), (3, 1), (2, 1)} == set(seen)

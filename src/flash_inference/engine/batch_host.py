@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from flash_inference.engine.decode import BLOCK, LONG_RUN, NEAR
+from flash_inference.engine.decode import BLOCK, LONG_RUN, NEAR, beside_blas
 from flash_inference.engine.plan import WORKSPACE, filter_bytes, free_memory
 from flash_inference.engine.queue import GIB
 from flash_inference.engine.request import Request
@@ -110,8 +110,9 @@ class HostBatch:
     def tick(self) -> Iterator[tuple[Request, int | NumericsError]]:
         """One token for every row, or why it has none."""
         device = self.reader.model.embedding.weight.device
-        logits = self.reader.extend(self.state, self._tokens.to(device)).cpu()
-        best = logits.max(-1)
+        with beside_blas(self.state, len(self.requests)):
+            logits = self.reader.extend(self.state, self._tokens.to(device)).cpu()
+            best = logits.max(-1)
         finite = cast("list[bool]", best.values.isfinite().tolist())  # pyright: ignore[reportUnknownMemberType]
         indices = cast("list[int]", best.indices.tolist())  # pyright: ignore[reportUnknownMemberType]
         for row, request in enumerate(self.requests):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flash_inference.engine.payer import Payer, Stacked, Steps
 from flash_inference.models.decoder import Decoder
+from flash_inference.ops.tile_conv.threads import one_thread
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
 
 if TYPE_CHECKING:
@@ -145,9 +147,15 @@ def run(
         tokens = choose(logits)
         yield tokens
         for _ in range(max_new_tokens - 1):
-            pay()
-            tokens = choose(decoder.extend(state, tokens[:, None].to(device)).cpu())
+            with beside_blas(state, len(tokens)):
+                pay()
+                tokens = choose(decoder.extend(state, tokens[:, None].to(device)).cpu())
             yield tokens
+
+
+def beside_blas(state: Any, rows: int) -> AbstractContextManager[None]:
+    """What steps and choices of so many rows run in: one thread for PyTorch where numpy multiplies matrices."""
+    return one_thread() if rows > 1 and getattr(state, "step", None) is not None else nullcontext()
 
 
 def cores() -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flash_inference.engine.decode import cores, default_tiling, prefill
+from flash_inference.engine.decode import beside_blas, cores, default_tiling, prefill
 from flash_inference.engine.drafters import Proposer
 from flash_inference.engine.payer import Payer
 from flash_inference.models.decoder import Decoder, ModelState
@@ -126,7 +126,8 @@ def speculate(
                 yield token
                 continue
             draft = decoder.draft(state)
-            behind = draft.extend(torch.tensor([[int(token), *proposed]], device=device)).cpu()
+            with beside_blas(state, 1 + len(proposed)):
+                behind = draft.extend(torch.tensor([[int(token), *proposed]], device=device)).cpu()
             accepted, chosen = 0, list[int]()
             for i, logits in enumerate(behind.unbind(1)):
                 guess = proposed[i] if i < len(proposed) else None
