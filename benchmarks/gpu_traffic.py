@@ -6,7 +6,8 @@ that come at random (exponential gaps, counted in steps) and slightly faster tha
 all the time. Timed are `--seconds` behind a warm-up of as many positions as the longest request has. The baseline, in
 the same run, is a fixed batch of as many rows as the traffic had live on average, all begun together, for as many
 tokens as the mean request makes; its prompts are not timed, the traffic's are. Before any speed is told, the tokens of
-sampled requests, most of which joined among running rows, must be those of the full forward, ties aside.
+sampled requests, most of which joined among running rows, must be those of the full forward, ties aside. With `--draw`
+every other request draws its tokens, at temperature 1, with `--ranked` from a top_p of 0.9; the others are checked.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class Traffic:
     """Requests of `lengths` positions in all, prompts of up to `prompt` of them, that come `load` times too fast."""
 
     def __init__(
-        self, engine: fi.Engine, lengths: tuple[int, int], prompt: int, load: float, most: int, seed: int = 1
-    ) -> None:
+        self, engine: fi.Engine, lengths: tuple[int, int], prompt: int, load: float, most: int, seed: int = 1,
+        drawn: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
         assert isinstance(engine.batch, GpuBatch)
         self.engine, self.batch, self.draw = engine, engine.batch, random.Random(seed)
-        self.lengths, self.prompt, self.most = lengths, prompt, most
+        self.lengths, self.prompt, self.most, self.drawn = lengths, prompt, most, drawn or {}
         self.gap = sum(lengths) / 2 / GRAPH / engine.slots / load
         self.made: list[tuple[Request, list[int]]] = []
         self.due, self.told = 0.0, 0
@@ -54,7 +56,8 @@ class Traffic:
             total = self.draw.randint(*self.lengths)
             longest = min(self.prompt, total // 2)
             prompt = [self.draw.randrange(VOCABULARY) for _ in range(self.draw.randint(1, longest))]
-            request = self.engine.submit(prompt, max_new_tokens=total - len(prompt), stop_tokens=())
+            own = self.drawn if len(self.made) % 2 else {}
+            request = self.engine.submit(prompt, max_new_tokens=total - len(prompt), stop_tokens=(), **own)
             self.made.append((request, prompt))
             self.due += self.draw.expovariate(1 / self.gap)
         self.told += sum(event.token is not None for event in self.engine.step())
@@ -139,13 +142,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1 << 30, help="no more arrive than these")
     parser.add_argument("--seconds", type=float, default=40.0, help="how long traffic is timed")
     parser.add_argument("--checked", type=int, default=6, help="requests whose tokens are checked")
+    parser.add_argument("--draw", action="store_true", help="every other request draws its tokens")
+    parser.add_argument("--ranked", action="store_true", help="and does so from the most likely ones")
     parser.add_argument("--commit", help="where the source has no history")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     args = parser.parse_args()
     shortest, longest = (int(n) for n in args.lengths.split(","))
     model = big_model(args.layers, args.width, longest)
     engine = fi.Engine(model, slots=args.slots, new_tokens=longest - 1, length=longest)
-    traffic = Traffic(engine, (shortest, longest), args.prompt, args.load, args.requests)
+    drawn = {"temperature": 1.0} | ({"top_p": 0.9} if args.ranked else {}) if args.draw else None
+    traffic = Traffic(engine, (shortest, longest), args.prompt, args.load, args.requests, drawn=drawn)
     planned = engine.batch.fixed
     # A full collection of all that the imports have made stops the host for a third of a second.
     gc.collect()
@@ -153,9 +159,11 @@ def main() -> None:
     while traffic.landed < longest and not (traffic.made and engine.idle):
         traffic.step()
     row: dict[str, object] = {"question": "gpu_traffic", "slots": args.slots, "lengths": [shortest, longest]}
+    row |= {"drawn": drawn}
     row |= {"traffic": traffic.run(args.seconds), "planned_bytes": planned}
     row |= {"peak_bytes": torch.cuda.max_memory_allocated()}
-    ended = [each for each in traffic.made if each[0].status is Status.FINISHED]
+    greedy = [each for each in traffic.made if each[0].sampler.sampling.plain]
+    ended = [each for each in greedy if each[0].status is Status.FINISHED]
     news = [request.max_new_tokens for request, _ in traffic.made if request.joined is not None]
     prompts = [len(prompt) for request, prompt in traffic.made if request.joined is not None]
     live = round(float(str(row["traffic"]["live_rows"])))  # type: ignore[index]

@@ -25,8 +25,9 @@ if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
 
 import flash_inference as fi  # noqa: E402
 from family_models import FAMILIES, family_model  # noqa: E402
+from flash_inference.engine.device_sampling import DeviceSampler  # noqa: E402
 from flash_inference.engine.graphs import GpuLoop, decode_gpu  # noqa: E402
-from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
+from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
 from flash_inference.errors import ModelError, NumericsError  # noqa: E402
 from flash_inference.mixers import Attention, AttentionConfig, Rotary  # noqa: E402
 from flash_inference.mixers.mixer import Moment  # noqa: E402
@@ -321,7 +322,7 @@ def test_draws_happen_where_the_logits_are(tape_kernels: list[Tape]) -> None:
     decoder = GpuDecoder(model, 60)
 
     def drawn(**settings: Any) -> list[int]:
-        sampler = DeviceSampler(Sampler(Sampling(**settings), 1, 29, seen=prompt[None]), 29, torch.device("cpu"))
+        sampler = DeviceSampler.of(Sampler(Sampling(**settings), 1, 29, seen=prompt[None]), 29, torch.device("cpu"))
         return list(GpuLoop(decoder, prompt, 49, draw=sampler.draw))
 
     tape_kernels.append(Tape())

@@ -19,14 +19,17 @@ if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
     pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
 from flash_inference import FilterConfig, LanguageModel  # noqa: E402
+from flash_inference.engine.device_sampling import DeviceSampler  # noqa: E402
 from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
-from flash_inference.engine.sampling import DeviceSampler, Sampler, Sampling  # noqa: E402
+from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
 from flash_inference.errors import LengthError, NumericsError, ShapeError, TilingError  # noqa: E402
 from flash_inference.models import gpu, hyena  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E402
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
+from flash_inference.ops.noise import exponential, stream  # noqa: E402
+from flash_inference.ops.noise.triton import exponential_rows  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add  # noqa: E402
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz  # noqa: E402
 from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
@@ -514,7 +517,7 @@ def test_a_decoder_is_kept_while_it_serves() -> None:
 def device_sampler(vocab: int, seen: Tensor | None = None, **settings: object) -> DeviceSampler:
     sampling = Sampling(**{"temperature": 1.0, "seed": 3, **settings})
     rows = [] if seen is None else [seen]
-    return DeviceSampler(Sampler(sampling, 1, vocab, seen=rows), vocab, torch.device("cpu"))
+    return DeviceSampler.of(Sampler(sampling, 1, vocab, seen=rows), vocab, torch.device("cpu"))
 
 
 def test_draws_stay_in_the_allowed_set() -> None:
@@ -578,6 +581,13 @@ def chi_square(sampler: DeviceSampler, logits: Tensor, chances: Tensor) -> float
     expected = 4000 * chances[chances > 0]
     assert (expected >= 5).all()
     return float(((counts[chances > 0] - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_the_kernels_noise_is_the_noise() -> None:
+    streams, drawn = torch.tensor([stream(3), -(2**63), 2**63 - 1]), torch.tensor([0, 5, 2**40])
+    wanted = exponential(streams, drawn, 1300)
+    torch.testing.assert_close(exponential_rows(streams, drawn, 1300), wanted, rtol=1e-5, atol=0)
 
 
 def test_frequencies() -> None:

@@ -21,7 +21,9 @@ import flash_inference as fi  # noqa: E402
 from family_models import family_model  # noqa: E402
 from flash_inference.engine import batch as batches  # noqa: E402
 from flash_inference.engine.batch_gpu import Flight, GpuBatch  # noqa: E402
+from flash_inference.engine.graphs import stream_gpu  # noqa: E402
 from flash_inference.engine.request import Request, Status  # noqa: E402
+from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
 from flash_inference.errors import NumericsError, PlanError, StateError, TilingError  # noqa: E402
 from flash_inference.models import gpu  # noqa: E402
 from flash_inference.models.gpu import GRAPH, GpuDecoder  # noqa: E402
@@ -249,7 +251,9 @@ def test_requests_draw_by_their_own_samplers() -> None:
     drawn = engine.submit(prompt_of(9, 2), max_new_tokens=20, **settings)
     engine.run()
     check(model, greedy, prompt_of(4, 1))
-    assert drawn.tokens == fi.generate(model, prompt_of(9, 2), max_new_tokens=20, **settings)[0].tolist()
+    sampler = Sampler(Sampling(**settings), 1, 29, seen=[prompt_of(9, 2)])
+    alone = stream_gpu(GpuDecoder(model, 40, near=16), prompt_of(9, 2)[None], sampler, 20, None)
+    assert drawn.tokens == [int(tokens) for tokens in alone]
 
 
 @pytest.mark.usefixtures("quick")

@@ -158,6 +158,24 @@ def test_a_stop_a_nan_and_a_draw_beside_others() -> None:
         check(model, request, other)
 
 
+def test_requests_draw_what_generate_draws() -> None:
+    """Each by its own settings, beside others that come and go."""
+    model, kinds = hyena(), (
+        {"temperature": 0.9, "seed": 1},
+        {"temperature": 1.0, "top_k": 20, "seed": 2},
+        {"temperature": 1.2, "top_p": 0.8, "min_p": 0.01, "seed": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "seed": 4},
+        {"allowed": range(100, 140), "repetition_penalty": 2.0},
+        {},
+    )  # fmt: skip
+    engine = engine_of(model, slots=4, new_tokens=300, length=700)
+    made = [(prompt_of(5 + 9 * n, n, 500), kinds[n % len(kinds)], 60 + 7 * n) for n in range(18)]
+    requests = [engine.submit(prompt, max_new_tokens=new, **settings) for prompt, settings, new in made]
+    engine.run()
+    for request, (prompt, settings, new) in zip(requests, made, strict=True):
+        assert request.tokens == fi.generate(model, prompt[None], max_new_tokens=new, **settings)[0].tolist()
+
+
 def test_a_batch_that_cannot_fit_is_refused() -> None:
     with pytest.raises(PlanError, match="slots would fit"):
         fi.Engine(hyena(), slots=100_000, new_tokens=700, length=1400)

@@ -221,8 +221,7 @@ class Engine:
             if (error := prefix.error) is not None:
                 events.append(self._fail(request, error))
             elif not request.tokens:
-                assert prefix.logits is not None
-                events.append(self._take(request, int(request.sampler(prefix.logits[None]))))
+                events.append(self._take(request, self.batch.first(request)))
             if not request.ended:
                 self._enter(request)
         return events

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flash_inference.engine.batch_host import check_slots, endless, not_finite
+from flash_inference.engine.device_sampling import DeviceSampler, cuts
 from flash_inference.engine.graph_clock import GraphClock
 from flash_inference.engine.plan import filter_bytes
 from flash_inference.engine.request import Request
@@ -81,8 +83,8 @@ class GpuBatch(GraphClock):
     tokens when their graph is done, with up to AHEAD graphs behind it launched already; so a stop token, a cancel or a
     NaN costs the row up to AHEAD graphs more, whose tokens are dropped. A row that nobody has runs along.
 
-    Requests that sample are chosen for by their own samplers on the host, which sees the logits of every position:
-    while one has a row, the kernels of all are launched one by one and wait for it.
+    Tokens are chosen inside the graphs, for every row by its request's settings. There are three sets of graphs, since
+    to draw costs more than to take the largest, and to draw from the most likely takes a sort.
     """
 
     piece = READ
@@ -97,6 +99,8 @@ class GpuBatch(GraphClock):
         self.period = max(self.top, self.near)
         self.fixed = gpu.plan.total + prompt_filters(gpu.model, gpu.length, gpu.room.lives)
         self.left = memory - self.fixed
+        self.chooser = DeviceSampler(gpu.batch, gpu.config.vocab_size, self.device)
+        self._draws = None, partial(self.chooser.draw, ranked=False), partial(self.chooser.draw, ranked=True)
         self.requests: list[Request | None] = [None] * gpu.batch
         self._left = [0] * gpu.batch
         self._since = torch.zeros(gpu.batch, dtype=torch.long, device=self.device)
@@ -153,8 +157,10 @@ class GpuBatch(GraphClock):
     def prepare(self) -> None:
         """Captures every graph, one for each side of the square behind it, and runs once what else a join runs."""
         with self.on("main"):
-            for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
-                self._sixteen(side)
+            for draw in self._draws:
+                self.draw = draw
+                for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
+                    self._sixteen(side)
             self._embed(0, 0)
         with self.reading():
             self.reader.prepare()
@@ -182,6 +188,20 @@ class GpuBatch(GraphClock):
         return done is None or done.query()
 
     @torch.no_grad()
+    def first(self, request: Request) -> int:
+        """The token behind a prompt that is `prepared`, chosen as graphs choose those to come."""
+        assert request.prefix is not None
+        logits, sampler = request.prefix.logits, request.sampler
+        assert logits is not None
+        if sampler.sampling.plain:
+            return int(sampler(logits[None]))
+        with self.on("aside"):
+            chooser = DeviceSampler.of(sampler, len(logits), self.device)
+            token = chooser.draw(logits.to(self.device), ranked=cuts(sampler.sampling)).cpu()
+        sampler.remember(token[None])
+        return int(token)
+
+    @torch.no_grad()
     def enter(self, row: int, request: Request) -> None:
         """A request that is `prepared`, and whose first token is known, takes a row."""
         assert request.prefix is not None
@@ -193,6 +213,7 @@ class GpuBatch(GraphClock):
             self._put(row, range(first - near, n), None)
             self._put(row, range(n, min(first, n + new)), owed)
             self.decoder.steps.keep(self.run, row, past.pasts, past.clock, n)
+            self.chooser.settle(row, request.sampler, drawn=len(request.tokens))
             self._embed(row, request.tokens[-1])
         with self.on("back"):
             self._since[row : row + 1].fill_(n)
@@ -246,25 +267,16 @@ class GpuBatch(GraphClock):
     def _go(self) -> None:
         """Launches a graph for all rows; a row whose limit it reaches is free behind it."""
         rows = [(row, r, min(GRAPH, self._left[row])) for row, r in enumerate(self.requests) if r is not None]
-        drawn = [(row, request) for row, request, _ in rows if not request.sampler.sampling.plain]
         first = self.clock % self.ring
-        self.launch((lambda logits: self._choose(logits, drawn)) if drawn else None)
+        kinds = [request.sampler.sampling for _, request, _ in rows]
+        self.draw = self._draws[any(not kind.plain for kind in kinds) + any(cuts(kind) for kind in kinds)]
+        self.launch()
         self._turn()
         self._flights.append(Flight(self.main.record_event() if self.cuda else None, first, rows))
         for row, _, count in rows:
             self._left[row] -= count
             if not self._left[row]:
                 self.requests[row] = None
-
-    def _choose(self, logits: Tensor, drawn: list[tuple[int, Request]]) -> Tensor:
-        """Tokens [B] from logits [B, V], those of some rows by their own samplers."""
-        seen = logits.view(self.batch, -1).cpu()
-        best = seen.max(-1)
-        tokens = torch.where(best.values.isfinite(), best.indices, -2)
-        for row, request in drawn:
-            if tokens[row] >= 0:
-                tokens[row] = request.sampler(seen[row : row + 1])[0]
-        return tokens.to(self.device)
 
     def _turn(self) -> None:
         """Where the ring ends, adds what the last square paid behind it to its beginning, where the clock goes on."""

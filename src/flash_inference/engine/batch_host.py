@@ -84,6 +84,12 @@ class HostBatch:
     def forget(self, request: Request) -> None:
         """A request does not wait any more; nothing was prepared for it."""
 
+    def first(self, request: Request) -> int:
+        """The token behind a prompt."""
+        assert request.prefix is not None
+        assert request.prefix.logits is not None
+        return int(request.sampler(request.prefix.logits[None]))
+
     def enter(self, row: int, request: Request) -> None:
         """A request whose prompt is read, and whose first token is known, takes a row."""
         assert request.prefix is not None

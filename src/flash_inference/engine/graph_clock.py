@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,17 +29,16 @@ class GraphClock:
     def __init__(
         self, decoder: GpuDecoder, run: GpuRun, step: AnyStep, span: int | None, *, graphs: bool = True,
         mixing: bool = True, draw: Callable[[Tensor], Tensor] | None = None,
-        generators: Sequence[torch.Generator] = (),
     ) -> None:  # fmt: skip
         self.decoder, self.run, self.step, self.span = decoder, run, step, span
         self.batch, self.device = run.batch, decoder.device
-        self.graphs, self.draw, self.generators = graphs, draw, generators
+        self.graphs, self.draw = graphs, draw
         self.mixing = mixing and decoder.channels > 0
         self.groups = decoder.groups(span)
         self.tiling = self.groups.tilings[0] if decoder.bounded else Relaxed(span)
         self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
         self.launched = self.late = 0
-        self._captured: dict[tuple[int | None, int], torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[Any, int], torch.cuda.CUDAGraph] = {}
         self._ends: list[tuple[int, Any]] = []
         self._paced: deque[Any] = deque()
         self.cuda = self.device.type == "cuda"
@@ -62,19 +61,16 @@ class GraphClock:
         if len(self._paced) > AHEAD:
             self._paced.popleft().synchronize()
 
-    def launch(self, draw: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Releases the chunks of this boundary and launches the next 16 positions.
-
-        With `draw`, tokens are chosen by it, which may ask the device: no graph holds that.
-        """
+    def launch(self) -> None:
+        """Releases the chunks of this boundary and launches the next 16 positions."""
         n = self.launched * GRAPH
         with self.on("main"):
             self._boundary(n)
             side = self._side(n + GRAPH)
-            if self.graphs and self.cuda and draw is None:
+            if self.graphs and self.cuda:
                 self._sixteen(side).replay()
             else:
-                positions(self.decoder, self.step, self.run, side, self.side, draw or self.draw)
+                positions(self.decoder, self.step, self.run, side, self.side, self.draw)
         self.launched += 1
 
     def _side(self, n: int) -> int:
@@ -140,16 +136,14 @@ class GraphClock:
 
     def _sixteen(self, side: int) -> torch.cuda.CUDAGraph:
         return self._graph(
-            (None, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
+            (self.draw, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
         )
 
-    def _graph(self, key: tuple[int | None, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of an offset (None: all of them) and the side behind it, captured when it is first asked for."""
+    def _graph(self, key: tuple[Any, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of an offset, or of all with the same choice, and the side behind it: captured when first used."""
         if key not in self._captured:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                graph.register_generator_state(generator)  # pyright: ignore[reportUnknownMemberType]
             with torch.cuda.graph(graph, stream=self.main):
                 launch()
             self._captured[key] = graph

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash_inference.engine.device_sampling import DeviceSampler, cuts
 from flash_inference.engine.graph_clock import AHEAD, GraphClock
 from flash_inference.engine.plan_gpu import check_gpu_tiling
-from flash_inference.engine.sampling import DeviceSampler, Sampler
+from flash_inference.engine.sampling import Sampler
 from flash_inference.errors import LengthError, NumericsError
 from flash_inference.models.gpu import GRAPH, GpuDecoder
 from flash_inference.tiling import Tiling
@@ -29,7 +31,7 @@ class GpuLoop(GraphClock):
 
     def __init__(
         self, decoder: GpuDecoder, prompt: Tensor | list[Tensor], new: int, *, graphs: bool = True, mixing: bool = True,
-        draw: Callable[[Tensor], Tensor] | None = None, generators: Sequence[torch.Generator] = (),
+        draw: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.single = isinstance(prompt, Tensor) and prompt.ndim == 1
         prompts: list[Tensor] = [prompt] if isinstance(prompt, Tensor) and self.single else list(prompt)
@@ -42,7 +44,6 @@ class GpuLoop(GraphClock):
         run = decoder.init(longest, max(new - 1, 1), batch)
         super().__init__(
             decoder, run, decoder.step_of(batch), run.rows - run.lead, graphs=graphs, mixing=mixing, draw=draw,
-            generators=generators,
         )  # fmt: skip
         self.new, self.count, self.position = new, (run.rows - run.lead) // GRAPH, 0
         self.logits = self._prefill(prompts)
@@ -172,9 +173,9 @@ def stream_gpu(
 ) -> Iterator[Tensor]:
     """Tokens [B] of the rows of prompt [B, P], chosen on the device inside the graphs."""
     check_gpu_tiling(tiling, decoder.channels)
-    draw = None if sampler.sampling.plain else DeviceSampler(sampler, decoder.config.vocab_size, decoder.device)
-    loop = GpuLoop(
-        decoder, prompt, max_new_tokens, draw=None if draw is None else draw.draw,
-        generators=() if draw is None else draw.generators,
-    )  # fmt: skip
+    draw = None
+    if not sampler.sampling.plain:
+        chooser = DeviceSampler.of(sampler, decoder.config.vocab_size, decoder.device)
+        draw = partial(chooser.draw, ranked=cuts(sampler.sampling))
+    loop = GpuLoop(decoder, prompt, max_new_tokens, draw=draw)
     return (torch.as_tensor(tokens.copy()) for tokens in loop)

@@ -114,6 +114,20 @@ class Sampler:
         branch._seen = self._seen.clone()
         return branch
 
+    @property
+    def rows(self) -> int:
+        """How many rows it draws for."""
+        return len(self._generators)
+
+    @property
+    def seeds(self) -> list[int]:
+        """What each row's draws were seeded with."""
+        return [generator.initial_seed() for generator in self._generators]
+
+    def seen_by(self, row: int) -> Tensor:
+        """Which tokens [V] a row has seen, for the penalty."""
+        return self._seen[row]
+
     def _draw(self, law: Tensor) -> Tensor:
         draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(law, self._generators, strict=True)]
         return torch.cat(draws)
@@ -121,10 +135,6 @@ class Sampler:
     def scores(self, logits: Tensor) -> Tensor:
         """Logits [B, V] after penalty, allowed set, temperature and the three cuts: -inf where nothing is drawn."""
         check_finite(logits.max(-1).values)
-        return self.cut(logits)
-
-    def cut(self, logits: Tensor) -> Tensor:
-        """`scores` of logits that are known to be finite, without looking at a value: a graph can capture it."""
         settings, scores = self.sampling, logits.to(torch.promote_types(logits.dtype, torch.float32))
         if settings.repetition_penalty != 1:
             penalty = settings.repetition_penalty
@@ -147,36 +157,6 @@ class Sampler:
             least = scores.max(-1, keepdim=True).values + math.log(settings.min_p)
             scores = scores.masked_fill(scores < least, -math.inf)
         return scores
-
-
-class DeviceSampler(Sampler):
-    """A Sampler whose choice happens on its device, in what a graph can capture.
-
-    The draw is the largest of p_i / e_i with e_i exponential, which takes token i with probability p_i. A row's
-    generator lives on the device: a seed repeats a run there, but gives other tokens than the same seed on a CPU.
-    """
-
-    def __init__(self, sampler: Sampler, vocab: int, device: torch.device) -> None:
-        rows = len(sampler._generators)
-        super().__init__(sampler.sampling, rows, vocab, sampler.seen, sampler.first_row)
-        self._seen = self._seen.to(device)
-        self._barred = None if self._barred is None else self._barred.to(device)
-        seeds = [generator.initial_seed() for generator in self._generators]
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._noise = torch.empty(rows, vocab, device=device)
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """Tokens [B] from logits [B, V], or [1] from [V]; -2 where a row's largest is not finite."""
-        logits = logits.view(len(self._noise), -1)
-        scores = self.cut(logits)
-        if self.sampling.temperature > 0:
-            for noise, generator in zip(self._noise, self.generators, strict=True):
-                noise.exponential_(generator=generator)
-            scores = scores.softmax(-1) / self._noise
-        tokens = scores.argmax(-1)
-        if self.sampling.repetition_penalty != 1:
-            self._seen.scatter_(1, tokens[:, None], True)
-        return torch.where(logits.amax(-1).isfinite(), tokens, -2)
 
 
 def accepted_or_redrawn(p: Tensor, q: Tensor, token: int) -> Tensor:
