@@ -585,7 +585,7 @@ def chi_square(sampler: DeviceSampler, logits: Tensor, chances: Tensor) -> float
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_the_kernels_noise_is_the_noise() -> None:
-    streams, drawn = torch.tensor([stream(3), -(2**63), 2**63 - 1]), torch.tensor([0, 5, 2**40])
+    streams, drawn, _ = torch.tensor([[stream(3), 0, 7], [-(2**63), 5, 7], [2**63 - 1, 2**40, 7]]).unbind(1)
     wanted = exponential(streams, drawn, 1300)
     torch.testing.assert_close(exponential_rows(streams, drawn, 1300), wanted, rtol=1e-5, atol=0)
 

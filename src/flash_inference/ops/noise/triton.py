@@ -19,16 +19,18 @@ def exponential_rows(streams: Tensor, drawn: Tensor, count: int) -> Tensor:
     """As `exponential`, but for the last bits of the logarithm."""
     out = torch.empty(len(streams), count, device=streams.device)
     _exponential[(triton.cdiv(count, SIZE), len(streams))](
-        streams, drawn, out, count, GAMMA, FIRST, SECOND, SIZE=SIZE, num_warps=4
+        streams, drawn, out, count, streams.stride(0), drawn.stride(0), GAMMA, FIRST, SECOND, SIZE=SIZE, num_warps=4
     )
     return out
 
 
 @triton.jit
-def _exponential(streams, drawn, out, count, gamma, first, second, SIZE: tl.constexpr):
+def _exponential(
+    streams, drawn, out, count, apart, drawn_apart, gamma, first, second, SIZE: tl.constexpr
+):  # fmt: skip
     row, at = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    number = tl.load(drawn + row) * count + at + 1
-    x = tl.load(streams + row) + number * gamma
+    number = tl.load(drawn + row * drawn_apart) * count + at + 1
+    x = tl.load(streams + row * apart) + number * gamma
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * first
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * second
     x = x ^ ((x >> 31) & 0x1FFFFFFFF)
