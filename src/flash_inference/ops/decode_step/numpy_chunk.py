@@ -35,7 +35,7 @@ class HyenaChunk:
 
     def __init__(self, step: HyenaStep) -> None:
         self.step, self.rows = step, 0
-        self.matrices = [[_pieces(w.T) for w, _ in layer] for layer in step.matrices]
+        self.matrices = [[_pieces(np.ascontiguousarray(w.T)) for w, _ in layer] for layer in step.matrices]
 
     def __call__(self, x: Array, short: Array, mix: Mix) -> tuple[Array, Array]:
         """What the blocks make of the next positions x [n, B, D], and what enters the short convolutions on the way.
