@@ -23,11 +23,10 @@ class DeviceSampler:
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.rows, self.vocab = rows, vocab
         with torch.inference_mode(False):
-            self._reals = torch.zeros(rows, 4, device=device)
-            self._counts = torch.zeros(rows, 3, dtype=torch.long, device=device)
+            self._reals = torch.tensor([1.0, 0.0, 2.0, -math.inf], device=device).repeat(rows, 1)
+            self._counts = torch.tensor([0, 0, vocab], device=device).repeat(rows, 1)
             self._seen, self._barred = torch.zeros(2, rows, vocab, dtype=torch.bool, device=device)
-        for row in range(rows):
-            self._set(row, Sampling(), 0, 0)
+        self._plain = [True] * rows
 
     @classmethod
     def of(cls, sampler: Sampler, vocab: int, device: torch.device) -> DeviceSampler:
@@ -40,22 +39,25 @@ class DeviceSampler:
     def settle(self, row: int, sampler: Sampler, which: int = 0, drawn: int = 0) -> None:
         """A row goes on as row `which` of a Sampler, after `drawn` draws on the device. Waits for nothing."""
         sampling = sampler.sampling
-        self._set(row, sampling, stream(sampler.seeds[which]), drawn)
-        if sampling.repetition_penalty != 1:
-            _fill(self._seen[row], sampler.seen_by(which))
-        if sampling.allowed is None:
-            self._barred[row].zero_()
-        else:
-            barred = torch.ones(self.vocab, dtype=torch.bool)
-            barred[list(sampling.allowed)] = False
-            _fill(self._barred[row], barred)
-
-    def _set(self, row: int, sampling: Sampling, seed: int, drawn: int) -> None:
-        ranks = self.vocab if sampling.top_k is None else min(sampling.top_k, self.vocab)
+        if sampling.plain and self._plain[row]:
+            return
+        self._plain[row] = sampling.plain
         share = 2.0 if sampling.top_p is None or sampling.top_p == 1 else sampling.top_p
         least = math.log(sampling.min_p) if sampling.min_p else -math.inf
-        _fill(self._reals[row], torch.tensor([sampling.repetition_penalty, sampling.temperature, share, least]))
-        _fill(self._counts[row], torch.tensor([seed, drawn, ranks]))
+        reals = sampling.repetition_penalty, sampling.temperature, share, least
+        ranks = self.vocab if sampling.top_k is None else min(sampling.top_k, self.vocab)
+        for places, numbers in (
+            (self._reals, reals), (self._counts, (stream(sampler.seeds[which]), drawn, ranks))
+        ):  # fmt: skip
+            for place, number in enumerate(numbers):
+                places[row, place].fill_(number)
+        if sampling.repetition_penalty != 1:
+            _copy(self._seen[row], sampler.seen_by(which))
+        self._barred[row].zero_()
+        if sampling.allowed is not None:
+            barred = torch.ones(self.vocab, dtype=torch.bool)
+            barred[list(sampling.allowed)] = False
+            _copy(self._barred[row], barred)
 
     def draw(self, logits: Tensor, ranked: bool = True) -> Tensor:
         """Tokens [B] from logits [B, V], or [1] from [V]; -2 where a row's largest is not finite.
@@ -95,6 +97,6 @@ def cuts(sampling: Sampling) -> bool:
     return sampling.temperature > 0 and (sampling.top_k is not None or sampling.top_p is not None)
 
 
-def _fill(place: Tensor, values: Tensor) -> None:
+def _copy(place: Tensor, values: Tensor) -> None:
     """Copies from the host, in the order of the stream; the host does not wait."""
     place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)

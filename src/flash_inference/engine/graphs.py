@@ -19,6 +19,9 @@ from flash_inference.errors import LengthError, NumericsError
 from flash_inference.models.gpu import GRAPH, GpuDecoder
 from flash_inference.tiling import Tiling
 
+FAR_AHEAD = 2 * AHEAD
+"""Graphs that are launched while the host waits for a token: where others hold its core for longer, steps stall."""
+
 
 class GpuLoop(GraphClock):
     """Sequences in flight that began together: iterate over their tokens, or give each by `advance`.
@@ -139,6 +142,9 @@ class GpuLoop(GraphClock):
                 self.launch()
             tokens, spins = log[lead + index], 0
             while tokens[0] == -1 or (tokens == -1).any():
+                if self.launched < min(self.count, index // GRAPH + FAR_AHEAD):
+                    self.launch()
+                    continue
                 spins += 1
                 if spins % 10_000 == 0:
                     self.main.query()  # raises if the device has failed

@@ -19,8 +19,8 @@ def tile_rows(
     Both ranges count from the position that `clock` [1] holds on the device, so that one captured launch serves every
     position. history [rows, C batch] and rho [taps, C], time-major and contiguous: `batch` neighbours share a filter.
     Lags at or above taps pay nothing. Sums in float32. One launch, O(S T) per channel: for sides up to about 256. Every
-    thread owns a channel, holds a few targets and slides a window of taps over the sources, 16 of which are summed by
-    themselves first: error at most (16 + S / 16) eps sum |y| |rho| per element.
+    thread owns a channel, holds a few targets and slides a window of taps over the sources. Error at most
+    S eps sum |y| |rho| per element.
     """
     S, T, C = len(sources), len(targets), history.shape[1]
     outs, ins, lanes = shape_for(T)
@@ -73,18 +73,12 @@ def _tile_rows(
             window = window + (
                 tl.load(rho + tl.cast(low + w, tl.int64) * (C // BATCH) + lane // BATCH, known, 0.0).to(tl.float32),
             )
-        parts = ()
         for i in tl.static_range(INS):
             given = tl.load(y + tl.cast(start + i, tl.int64) * C, inside & (start + i < S), 0.0).to(tl.float32)
             more = ()
             for o in tl.static_range(OUTS):
-                product = given * window[o - i + INS - 1]
-                more = more + ((parts[o] + product) if i else product,)
-            parts = more
-        more = ()
-        for o in tl.static_range(OUTS):
-            more = more + (sums[o] + parts[o],)
-        sums = more
+                more = more + (sums[o] + given * window[o - i + INS - 1],)
+            sums = more
     z = history + (now + target + first) * C + lane
     for o in tl.static_range(OUTS):
         wanted = inside & (first + o < T)
