@@ -143,6 +143,21 @@ def test_pack_transposes_and_pads(n: int, places: int, channels: range, dtype: t
     assert not out[:, n:].any()
 
 
+@pytest.mark.parametrize("channels", [range(0, 72), range(6, 66), range(9, 15)])
+@pytest.mark.parametrize("position", [0, 100, 2**31 + 5])
+def test_pack_reads_zeros_before_a_row_begins(channels: range, position: int) -> None:
+    """Three rows: one began long ago, one inside, one begins later; what stands before is NaN."""
+    n, since = 70, torch.tensor([0, position + 33, position + 70])
+    history = torch.randn(n + 9, 72)
+    alive = torch.arange(position, position + n)[:, None] >= since[torch.arange(72) % 3]
+    history[4 : 4 + n][~alive] = NAN
+    out = torch.empty(len(channels), 80)
+    pack(history, 4, n, channels, out, since, position)
+    wanted = torch.where(alive, history[4 : 4 + n], 0)[:, channels.start : channels.stop]
+    assert torch.equal(out[:, :n], wanted.T)
+    assert not out[:, n:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("n", "skip", "places"), [(1, 1, 2), (5, 4, 9), (64, 64, 128), (33, 65, 130)])
 @pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(1, 6)])
