@@ -170,7 +170,7 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
         if row["name"] == "bounded" and row is not rows[0]:
             lines.append(
                 f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {row['commit']} | "
-                f"{row['us_per_token']:.1f} | {row['seconds']:.0f} s | {row['worst_us'] / 1e3:,.1f} ms | "
+                f"{row['us_per_token']:.1f} | {row['seconds']:.0f} s | {row['worst_us'] / 1e3:,.2f} ms | "
                 f"{row['peak_bytes'] / 1e9:.1f} GB | {row['worst_layer_relative_error']:.1e} |"
             )
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
