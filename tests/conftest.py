@@ -7,14 +7,18 @@ import threading
 import zlib
 
 import pytest
-import torch
 from hypothesis import settings
+
+# Tensors here are small, and threads that spin on busy cores slow such tests down a hundredfold: PyTorch's below,
+# those of numpy's BLAS by what it reads when it is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch
 
 settings.register_profile("here", deadline=None, max_examples=25)
 settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-# Tensors here are small, and OpenMP threads that spin on busy cores slow such tests down a hundredfold.
 torch.set_num_threads(1)
 
 

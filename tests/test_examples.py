@@ -19,6 +19,8 @@ from flash_inference import score
 from flash_inference.models.weights import shipped
 from flash_inference.testing import random_model
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOURCES = EXAMPLES.parent / "src"
 LINES = 60

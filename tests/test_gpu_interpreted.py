@@ -417,7 +417,8 @@ def test_greedy_through_several_levels(order: int, length: int, latency: str) ->
     check_greedy(model, prompt, greedy(model, prompt, 145, latency=latency))
 
 
-@pytest.mark.parametrize("length", [5, pytest.param(35, marks=slow)])
+@slow
+@pytest.mark.parametrize("length", [5, 35])
 def test_groups_of_channels_on_shifted_clocks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 channels in 4 groups: late squares of every group, one larger than the rest of the run."""
     monkeypatch.setattr(schedule, "FEWEST", 3)
@@ -605,6 +606,7 @@ def test_the_kernels_noise_is_the_noise() -> None:
     torch.testing.assert_close(exponential_rows(streams, drawn, 1300), wanted, rtol=1e-5, atol=0)
 
 
+@slow
 def test_frequencies() -> None:
     chances = torch.tensor([0.4, 0.3, 0.2, 0.09, 0.01], dtype=torch.float64)
     logits = chances.log().float() + 2

@@ -72,6 +72,7 @@ def held() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_stream() -> None:
     conv = OnlineConvolution(torch.randn(100, 2))
 
