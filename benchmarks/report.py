@@ -52,7 +52,9 @@ def length_table(rows: list[dict[str, object]]) -> str:
         f"{found['flash', n]['worst_us']:,.0f} ({found['flash', n]['worst_over_median']}x median)" for n in lengths
     ]
     lines.append("| ours, worst token | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", source(rows, "cpu_length")])
+    shares = [f"{found['lazy', n]['share_of_read_bandwidth']} at {n:,}" for n in lengths]
+    read = f"Lazy reads at this share of the measured bandwidth, halfway through a run: {', '.join(shares)} tokens."
+    return "\n".join([*lines, "", read, "", source(rows, "cpu_length")])
 
 
 def online_table(rows: list[dict[str, object]]) -> str:

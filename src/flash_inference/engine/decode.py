@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash_inference.engine.payer import Payer, Stacked, Steps
 from flash_inference.models.decoder import Decoder
-from flash_inference.ops.tile_conv.threads import one_thread
+from flash_inference.ops.threads import one_thread
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Separated, Spread, Tiling
 
 if TYPE_CHECKING:

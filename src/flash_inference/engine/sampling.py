@@ -60,7 +60,7 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, rows: int, vocab: int, seen: Iterable[Tensor] = (), first_row: int = 0
     ) -> None:
-        self.sampling, self.seen, self.first_row = sampling, list(seen), first_row
+        self.sampling = sampling
         if sampling.allowed is not None:
             for token in sampling.allowed:
                 if not 0 <= token < vocab:
@@ -70,7 +70,7 @@ class Sampler:
             self._barred = torch.ones(vocab, dtype=torch.bool)
             self._barred[list(sampling.allowed)] = False
         self._seen = torch.zeros(rows, vocab, dtype=torch.bool)
-        for row, tokens in enumerate(self.seen):
+        for row, tokens in enumerate(seen):
             self._seen[row, tokens] = True
         seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
         self._generators = [

@@ -19,7 +19,6 @@ from flash_inference.models.block import BlockPast, Convolutions, common_stride
 from flash_inference.models.draft import Draft
 from flash_inference.models.fused import fused_step, pack_short
 from flash_inference.ops.decode_step import BoundStep, HyenaChunk
-from flash_inference.ops.decode_step.numpy import pack
 from flash_inference.ops.memory import roomy_zeros
 from flash_inference.ops.tile_conv import PreparedFilter
 from flash_inference.tiling import Rectangle, Share, Tiling
@@ -85,7 +84,7 @@ class Decoder:
         self.fused = fused_step(model, self.stack.diagonal) if self.stack else None
         if self.fused:
             weight, norm = model.head.weight, model.norm
-            self._embedding, self._head = model.embedding.weight.detach().numpy(), pack([weight.detach().T])[0].numpy()
+            self._embedding, self._head = model.embedding.weight.detach().numpy(), weight.detach().numpy().T
             self._norm = (norm.weight.detach(), norm.bias.detach(), norm.eps)
 
     def init(

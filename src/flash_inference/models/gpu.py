@@ -140,7 +140,7 @@ class GpuDecoder:
         with torch.inference_mode(False), torch.no_grad():
             taps = self.padded(0, 2 * near + 1, range(self.channels))
             self.near, self.by_channel = taps.T.contiguous(), taps.contiguous() if batch >= MANY else None
-            self.first = self.padded(0, min(READ + near, length), range(self.channels)) if lives else taps
+            self.early = self.padded(0, min(READ + near, length) if lives else 0, range(self.channels))
             settings = {"near": self.near, "diagonal": filters.skip + self.near[0], "block": GRAPH}
             self.steps: GpuSteps = (
                 HyenaSteps(model, self.exact, shapes=shapes, batch_shapes=batch_shapes, pdl=pdl, **settings)
@@ -278,16 +278,16 @@ class GpuDecoder:
         fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
         far = next(fits, None) if new > near else None
         first = new if far is None else near
-        known = P + min(first, new) <= self.first.shape[1]
-        soon = TileFFT(next_power(P + min(first, new)) // 2, self._first if known else self.padded)
+        known = P + min(first, new) <= self.early.shape[1]
+        soon = TileFFT(next_power(P + min(first, new)) // 2, self._early if known else self.padded)
         for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
             for lanes in self._lanes(2 * fft.size):
                 fft.owe(inputs, rows, lanes)
         return out
 
-    def _first(self, first: int, stop: int, lanes: range) -> Tensor:
+    def _early(self, first: int, stop: int, lanes: range) -> Tensor:
         """As `padded`, from the taps that are kept; zeros behind those."""
-        taps = self.first[lanes.start : lanes.stop, first:stop]
+        taps = self.early[lanes.start : lanes.stop, first:stop]
         return torch.nn.functional.pad(taps, (0, stop - first - taps.shape[1]))
 
     def _lanes(self, n: int) -> list[range]:

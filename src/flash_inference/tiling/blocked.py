@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .relaxed import square_levels, squares
 from .tile import Pair, Rectangle, Span
-from .triangle import Triangle, next_power, require
+from .triangle import Level, Triangle, next_power, require
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,20 +47,20 @@ class Blocked(Triangle):
 
     def span(self, start: int, n: int) -> Span:
         """One rectangle a side, at most, on either side of the chunk, and the rest of the block that `start` cuts."""
-        stop = self.check_span(start, n)
-        levels = square_levels(self, self.block, self.cap)
-        across = tuple(tile for level in levels for tile in level.before(start, stop))
-        return Span(
-            start,
-            stop,
-            before=cut(self, start, stop, self.block) + across,
-            after=tuple(tile for level in levels for tile in level.after(start, stop)),
-        )
+        return spanned(self, start, n, self.block, square_levels(self, self.block, self.cap))
 
 
 def inside(position: int, block: int) -> tuple[Pair, ...]:
     """(i, position) for every i from the start of the aligned block to `position`."""
     return tuple((i, position) for i in range(position - position % block, position + 1))
+
+
+def spanned(triangle: Triangle, start: int, n: int, block: int, levels: list[Level]) -> Span:
+    """The tiles of all levels on either side of a chunk, and the rest of the block that `start` cuts."""
+    stop = triangle.check_span(start, n)
+    across = tuple(tile for level in levels for tile in level.before(start, stop))
+    after = tuple(tile for level in levels for tile in level.after(start, stop))
+    return Span(start, stop, before=cut(triangle, start, stop, block) + across, after=after)
 
 
 def cut(triangle: Triangle, start: int, stop: int, block: int) -> tuple[Rectangle, ...]:

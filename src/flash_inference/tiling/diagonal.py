@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .blocked import cut, inside
+from .blocked import inside, spanned
 from .relaxed import square_levels, squares
 from .tile import Pair, Rectangle, Span
 from .triangle import Level, Triangle, next_power, require
@@ -59,12 +59,5 @@ class Diagonal(Triangle):
 
     def span(self, start: int, n: int) -> Span:
         """A few rectangles a level on either side; a tile wholly beyond the chunk stays as it is."""
-        stop = self.check_span(start, n)
         levels = square_levels(self, self.block, self.cap) + self.off_levels()
-        across = tuple(tile for level in levels for tile in level.before(start, stop))
-        return Span(
-            start,
-            stop,
-            before=cut(self, start, stop, self.block) + across,
-            after=tuple(tile for level in levels for tile in level.after(start, stop)),
-        )
+        return spanned(self, start, n, self.block, levels)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flash_inference.ops.threads import threads_for
 from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
-from flash_inference.ops.tile_conv.threads import threads_for
 
 PIECE, FEW = 1 << 18, 8
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_inference.ops.causal_conv import good_size
+from flash_inference.ops.threads import threads_for
 from flash_inference.ops.tile_conv.filter import PreparedFilter
-from flash_inference.ops.tile_conv.threads import threads_for
 
 CHUNK_BYTES = 1 << 20
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from flash_inference.ops.causal_conv import good_size
+from flash_inference.ops.threads import threads_for
 from flash_inference.ops.tile_conv.direct import correlate
 from flash_inference.ops.tile_conv.fft import CHUNK_BYTES
 from flash_inference.ops.tile_conv.filter import NEAR, PreparedFilter
 from flash_inference.ops.tile_conv.paired import triangle_conv_paired
-from flash_inference.ops.tile_conv.threads import threads_for
 
 DIRECT_SIDE, SQUARES_SIDE = 24, 32
 
