@@ -52,8 +52,8 @@ from kernel_laws import check_multiply  # noqa: E402
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
 slow = pytest.mark.slow
-SOME = Shapes(mix=(8, 1), out=(8, 4), fc1=(32, 4), fc2=(8, 2), head=(16, 4))
-FEW = Shapes(mix=(16, 1), out=(16, 4), fc1=(64, 4), fc2=(16, 2), head=(32, 4))
+SOME = Shapes(mix=(8, 1), out=(8, 2), fc1=(32, 1), fc2=(8, 4), head=(16, 2))
+FEW = Shapes(mix=(16, 2), out=(16, 1), fc1=(64, 2), fc2=(16, 1), head=(32, 1))
 """One large program a kernel: the interpreter runs them one by one."""
 
 
@@ -273,17 +273,19 @@ def tolerance(model: LanguageModel, tokens: Tensor, exact: Tensor) -> Tensor:
     return FACTOR * (model(tokens).double() - exact).abs().max()
 
 
-def check_step(model: LanguageModel, shapes: Shapes | None = SOME, prompt: int = 1, steps: int = 5) -> None:
+def check_step(
+    model: LanguageModel, shapes: Shapes | None = SOME, prompt: int = 1, steps: int = 5, least: float = 0.0
+) -> None:
     """Given tokens, position after position from the middle of nothing: logits of the float64 forward."""
     decoder = GpuDecoder(model, 64, near=16, shapes=shapes)
     tokens = torch.randint(model.config.vocab_size, (prompt + steps,))
     exact = exact_model(model)(tokens[None])[0]
-    bound = tolerance(model, tokens[None], exact)
+    bound = max(tolerance(model, tokens[None], exact), torch.tensor(least))
     run, step = decoder.init(prompt, steps), decoder.step.fork()
     first = decoder.prefill(run, tokens[:prompt])
     assert (first - exact[prompt - 1]).abs().max() <= bound
     for offset in range(steps):
-        step.x.copy_(decoder.exact.embedding.weight[tokens[prompt + offset]])
+        step.start(decoder.exact.embedding.weight[tokens[prompt + offset]][None])
         step.logits.fill_(NAN)
         step.forward(run.history, run.pending, run.clock, offset)
         assert (step.logits - exact[prompt + offset]).abs().max() <= bound
@@ -299,12 +301,15 @@ def test_one_token_logits(order: int, short_taps: int) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("width", [1, 9, 24])
 def test_one_token_logits_of_odd_widths(width: int, tied: bool) -> None:
-    check_step(model_of(width=width, tied=tied, inner=width + 6), shapes=None, steps=3)
+    model = model_of(width=width, tied=tied, inner=width + 6)
+    # One channel has no deviation: what W z is off by is divided by the root of eps alone.
+    least = 4 * 2**-24 / model.config.norm_eps**0.5 if width == 1 else 0.0
+    check_step(model, shapes=None, steps=3, least=least)
 
 
 @slow
 def test_one_token_logits_of_widths_past_a_piece() -> None:
-    check_step(model_of(width=260, inner=300, vocab=270), steps=2)
+    check_step(model_of(width=260, inner=1100, vocab=270), steps=2)
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit"])
@@ -314,9 +319,9 @@ def test_one_token_logits_of_either_filter(kind: str) -> None:
 
 def streamed(decoder: GpuDecoder) -> list[torch.dtype]:
     """The types of all matrices that a step reads."""
-    layers = [layer.__getattribute__(n)[0] for layer in decoder.step.layers for n in ("in_proj", "out_proj")]
+    layers = [layer.__getattribute__(n)[0] for layer in decoder.step.layers for n in ("mix", "out")]
     layers += [layer.__getattribute__(n)[0] for layer in decoder.step.layers for n in ("fc1", "fc2")]
-    return [weight.dtype for weight in [*layers, decoder.step.head_weight]]
+    return [weight.dtype for weight in [*layers, decoder.step.head[0]]]
 
 
 def test_weights_are_streamed_as_bfloat16_where_that_changes_nothing() -> None:

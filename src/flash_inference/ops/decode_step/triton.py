@@ -3,7 +3,16 @@
 A one-token pass reads every weight once and does little else. Each kernel is a matrix-vector product whose programs own
 a few output rows; what stands before it (norm) is repeated by every program, what stands after it (short convolution,
 gates, mixer row, activation, residual) is done on the rows owned. With programmatic dependent launch (`PDL`) a kernel
-fetches its weights while the one before it still runs, and waits only then.
+fetches its weights while the one before it still runs, and waits only then: what counts is how little it does between
+the wait and its last store.
+
+- A lane holds eight neighbours of a matrix row, and the vector elements that belong to them; a vector is loaded once
+  for all rows of a program. Its loads are dense, since vectors between kernels are kept even elements first (`_place`).
+- Most programs are one warp: sums need no barrier.
+- LayerNorm costs one round of sums, together with the product: W norm(x) = (W z - (mean - c) W gamma) / deviation +
+  W beta with z = gamma (x - c), where c is the mean that x had at the last LayerNorm, so that nothing cancels. W gamma
+  and W beta are prepared. `centres` [2] holds c in turns: for the LayerNorms before mixers and head, and before MLPs.
+- Weights are loaded as first to be evicted from the L2 cache: a part of them, and all else, is found there again.
 
 x [D] float32 is the residual stream; weights [out, in] float32, bfloat16 or float16, sums in float32. `history` is the
 one buffer of the mixers, time-major [rows, M D]: a row holds partial sums until its position is read and inputs
@@ -30,72 +39,112 @@ from flash_inference.ops.decode_step.numpy import LayerWeights
 
 
 @triton.jit
-def _stream(w, row, wanted, N: tl.constexpr):
-    """Rows of a matrix [.., N] in pieces [ROWS, 256]: a warp holds whole rows, so that sums need no barrier."""
-    k = tl.arange(0, 256)
+def _place(k):
+    """Where the vectors between kernels keep element k: of 256 neighbours the even ones first, then the odd ones."""
+    return k // 256 * 256 + k % 2 * 128 + k % 256 // 2
+
+
+@triton.jit
+def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr):
+    """Rows of a matrix [.., N] in pieces [ROWS, 256 WARPS], of which a lane holds eight neighbours a row.
+
+    Those of bfloat16 are pairs in 32 bits, [ROWS, 128 WARPS].
+    """
+    HALF: tl.constexpr = 128 * WARPS
+    k = tl.arange(0, HALF)
     pieces = ()
-    for c in tl.static_range((N + 255) // 256):
-        known = wanted[:, None] & (c * 256 + k < N)[None, :]
-        pieces = pieces + (tl.load(w + row[:, None].to(tl.int64) * N + (c * 256 + k)[None, :], known, 0.0),)
+    for c in tl.static_range((N + 2 * HALF - 1) // (2 * HALF)):
+        if w.dtype.element_ty == tl.bfloat16 and N % 2 == 0:
+            pairs = w.to(tl.pointer_type(tl.int32), bitcast=True)
+            j = c * HALF + k
+            at = pairs + row[:, None].to(tl.int64) * (N // 2) + j[None, :]
+            known = wanted[:, None] & (j < N // 2)[None, :]
+            piece = tl.load(at, known, 0, eviction_policy="evict_first")
+        else:
+            j = 2 * HALF * c + k // 4 * 8 + k % 4
+            at = w + row[:, None].to(tl.int64) * N + j[None, :]
+            low = tl.load(at, wanted[:, None] & (j < N)[None, :], 0.0, eviction_policy="evict_first")
+            high = tl.load(at + 4, wanted[:, None] & (j + 4 < N)[None, :], 0.0, eviction_policy="evict_first")
+            eight = tl.reshape(tl.join(low, high), (row.shape[0], HALF // 4, 4, 2))
+            piece = tl.reshape(tl.permute(eight, (0, 1, 3, 2)), (row.shape[0], 2 * HALF))
+        pieces = pieces + (piece,)
     return pieces
 
 
 @triton.jit
-def _spread(v, N: tl.constexpr, ROWS: tl.constexpr):
-    """A vector [N] in pieces [ROWS, 256], the same in every row: each warp reads it by itself, without a barrier."""
-    k = tl.arange(0, 256)
+def _spread(v, N: tl.constexpr, WARPS: tl.constexpr):
+    """A vector [N] in pieces [1, 128 WARPS], those of even elements and of odd ones in turns."""
+    HALF: tl.constexpr = 128 * WARPS
+    KEPT: tl.constexpr = (N + 255) // 256 * 256
+    k = tl.arange(0, HALF)
     pieces = ()
-    for c in tl.static_range((N + 255) // 256):
-        at = tl.broadcast_to((c * 256 + k)[None, :], (ROWS, 256))
-        pieces = pieces + (tl.load(v + at, at < N, 0.0),)
+    for c in tl.static_range((N + 2 * HALF - 1) // (2 * HALF)):
+        at = (2 * HALF * c + k // 128 * 256 + k % 128)[None, :]
+        if (c + 1) * 2 * HALF > KEPT:
+            pieces = pieces + (tl.load(v + at, at < KEPT, 0.0), tl.load(v + at + 128, at < KEPT, 0.0))
+        else:
+            pieces = pieces + (tl.load(v + at), tl.load(v + at + 128))
     return pieces
 
 
 @triton.jit
 def _times(w, v):
     """The product of rows in pieces with a vector in pieces: [ROWS]."""
-    sums = w[0].to(tl.float32) * v[0]
-    for c in tl.static_range(1, len(v)):
-        sums += w[c].to(tl.float32) * v[c]
+    sums = tl.zeros([1, 1], tl.float32)
+    for c in tl.static_range(len(w)):
+        if w[c].dtype == tl.int32:
+            low = (w[c] << 16).to(tl.float32, bitcast=True)
+            high = (w[c] & -65536).to(tl.float32, bitcast=True)
+            sums += low * v[2 * c]
+            sums += high * v[2 * c + 1]
+        else:
+            both = tl.reshape(tl.join(v[2 * c], v[2 * c + 1]), (1, 2 * v[2 * c].shape[1]))
+            sums += w[c].to(tl.float32) * both
     return tl.sum(sums, 1)
 
 
 @triton.jit
-def _normed(x, gamma, beta, eps, D: tl.constexpr, ROWS: tl.constexpr):
-    """LayerNorm of x [D] in pieces."""
-    k = tl.arange(0, 256)[None, :]
-    v = _spread(x, D, ROWS)
-    scale = _spread(gamma, D, ROWS)
-    shift = _spread(beta, D, ROWS)
-    total = v[0]
-    for c in tl.static_range(1, len(v)):
-        total += v[c]
-    mean = (tl.sum(total, 1) / D)[:, None]
-    centred = ()
-    squares = tl.zeros([ROWS, 256], tl.float32)
-    for c in tl.static_range(len(v)):
-        piece = tl.where(c * 256 + k < D, v[c] - mean, 0.0)
-        squares += piece * piece
-        centred = centred + (piece,)
-    inverse = tl.rsqrt(tl.sum(squares, 1) / D + eps)[:, None]
-    normed = ()
-    for c in tl.static_range(len(v)):
-        normed = normed + (centred[c] * inverse * scale[c] + shift[c],)
-    return normed
+def _scaled(x, gamma, centres, WHICH: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr):
+    """gamma (x - c) in pieces, c, and the sums of x - c and of its squares, a lane at a time."""
+    HALF: tl.constexpr = 128 * WARPS
+    k = tl.arange(0, HALF)[None, :]
+    c = tl.load(centres + WHICH)
+    v = _spread(x, D, WARPS)
+    z = ()
+    sums = tl.zeros([1, HALF], tl.float32)
+    squares = tl.zeros([1, HALF], tl.float32)
+    for i in tl.static_range(len(v)):
+        apart = v[i] - c
+        if (i // 2 + 1) * 2 * HALF > D:
+            apart = tl.where(HALF * (i // 2 * 2) + k * 2 + i % 2 < D, apart, 0.0)
+        sums += apart
+        squares += apart * apart
+        z = z + (apart * gamma[i],)
+    return z, c, sums, squares
+
+
+@triton.jit
+def _deviation(c, sums, squares, centres, eps, WHICH: tl.constexpr, D: tl.constexpr):
+    """The mean [1] of x - c and 1 / deviation [1]; the first program tells the mean to the next LayerNorm."""
+    mean = tl.sum(sums, 1) / D
+    inverse = tl.rsqrt(tl.sum(squares, 1) / D - mean * mean + eps)
+    if tl.program_id(0) == 0:
+        tl.store(centres + 1 - WHICH + tl.arange(0, 1), c + mean)
+    return mean, inverse
 
 
 @triton.jit(do_not_specialize=["offset", "lane"])
 def project_and_mix(
-    x, gamma, beta, w, b, short_w, short_b, pending, history, near, diagonal, clock, out, offset, lane, C, eps,
-    D: tl.constexpr, ORDER: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    x, gamma, centres, w, b, slope, short_w, short_b, pending, history, near, diagonal, clock, out, offset, lane, C,
+    eps, D: tl.constexpr, ORDER: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [D] = x_0 z_last: norm, input projection, short convolution, gates and mixer rows of one layer.
 
     `clock` holds the position of the block's first row, `offset` the position in it; `lane` is the layer's first column
     of `history`. `pending` [TAPS - 1, (N + 1) D] is what past inputs of the short convolution owe the next positions.
-    Mixer rows of earlier positions may be read before the wait: `choose_and_embed` lets nothing of a position start
-    before the last position's kernels are over.
+    Mixer rows of earlier positions may be read before the wait: `head` lets nothing of a position start before the last
+    position's layers are over.
     """
     if PDL:
         gdc_launch_dependents()
@@ -104,9 +153,12 @@ def project_and_mix(
     W: tl.constexpr = (ORDER + 1) * D
     weights = ()
     biases = ()
+    slopes = ()
     for g in tl.static_range(ORDER + 1):
-        weights = weights + (_stream(w, g * D + row, wanted, D),)
-        biases = biases + (tl.load(b + g * D + row, wanted, 0.0).to(tl.float32),)
+        weights = weights + (_stream(w, g * D + row, wanted, D, WARPS),)
+        biases = biases + (tl.load(b + g * D + row, wanted, 0.0),)
+        slopes = slopes + (tl.load(slope + g * D + row, wanted, 0.0),)
+    scale = _spread(gamma, D, WARPS)
     base = tl.load(clock)
     now = history + (base + offset) * C + lane + row
     past = tl.arange(0, BLOCK)
@@ -131,10 +183,14 @@ def project_and_mix(
                 owed = owed + (tl.load(short_b + channel, wanted, 0.0),)
     if PDL:
         gdc_wait()
-    h = _normed(x, gamma, beta, eps, D, ROWS)
+    z, c, first, second = _scaled(x, scale, centres, 0, D, WARPS)
+    products = ()
+    for g in tl.static_range(ORDER + 1):
+        products = products + (_times(weights[g], z),)
+    mean, inverse = _deviation(c, first, second, centres, eps, 0, D)
     gates = ()
     for g in tl.static_range(ORDER + 1):
-        u = _times(weights[g], h) + biases[g]
+        u = (products[g] - mean * slopes[g]) * inverse + biases[g]
         gates = gates + (u * taps[g * TAPS] + owed[g * TAPS],)
         for j in tl.static_range(TAPS - 1):
             later = owed[g * TAPS + j + 1] + u * taps[g * TAPS + j + 1]
@@ -144,57 +200,74 @@ def project_and_mix(
         y = gates[ORDER - 1 - o] * v
         v = sums[o] + own[o] * y
         tl.store(now + o * D, y.to(history.dtype.element_ty), wanted)
-    tl.store(out + row, gates[0] * v, wanted)
+    tl.store(out + _place(row), gates[0] * v, wanted)
 
 
 @triton.jit
-def add_product(x, v, w, b, D, N: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+def add_product(
+    x, v, w, b, D, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """x [D] += w [D, N] v [N] + b."""
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < D
-    weights = _stream(w, row, wanted, N)
+    weights = _stream(w, row, wanted, N, WARPS)
     bias = tl.load(b + row, wanted, 0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    stands = tl.load(x + row, wanted, 0.0) + bias
-    tl.store(x + row, stands + _times(weights, _spread(v, N, ROWS)), wanted)
+    stands = tl.load(x + _place(row), wanted, 0.0) + bias
+    tl.store(x + _place(row), stands + _times(weights, _spread(v, N, WARPS)), wanted)
 
 
 @triton.jit
-def norm_expand(x, gamma, beta, w, b, out, N, eps, D: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+def norm_expand(
+    x, gamma, centres, w, b, slope, out, N, eps, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL:
+    tl.constexpr
+):  # fmt: skip
     """out [N] = gelu(w [N, D] norm(x) + b), the tanh form of GELU."""
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < N
-    weights = _stream(w, row, wanted, D)
-    bias = tl.load(b + row, wanted, 0.0).to(tl.float32)
+    weights = _stream(w, row, wanted, D, WARPS)
+    bias = tl.load(b + row, wanted, 0.0)
+    slopes = tl.load(slope + row, wanted, 0.0)
+    scale = _spread(gamma, D, WARPS)
     if PDL:
         gdc_wait()
-    u = _times(weights, _normed(x, gamma, beta, eps, D, ROWS)) + bias
+    z, c, first, second = _scaled(x, scale, centres, 1, D, WARPS)
+    products = _times(weights, z)
+    mean, inverse = _deviation(c, first, second, centres, eps, 1, D)
+    u = (products - mean * slopes) * inverse + bias
     # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-    tl.store(out + row, u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u)), wanted)
+    tl.store(out + _place(row), u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u)), wanted)
 
 
 @triton.jit
 def head(
-    x, gamma, beta, w, logits, best, best_at, V, eps, D: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+    x, gamma, centres, w, b, slope, logits, best, best_at, V, eps, D: tl.constexpr, ROWS: tl.constexpr, WARPS:
+    tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """logits [V] = w [V, D] norm(x); each program also keeps its largest logit and the lowest token that has it.
 
-    A program with a NaN among its logits keeps NaN.
+    A program with a NaN among its logits keeps NaN. The next kernel starts when all programs are past the wait: behind
+    it, others may fetch before they wait what earlier kernels of this position wrote.
     """
-    if PDL:
-        gdc_launch_dependents()
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     wanted = row < V
-    weights = _stream(w, row, wanted, D)
+    weights = _stream(w, row, wanted, D, WARPS)
+    bias = tl.load(b + row, wanted, 0.0)
+    slopes = tl.load(slope + row, wanted, 0.0)
+    scale = _spread(gamma, D, WARPS)
     if PDL:
         gdc_wait()
-    u = _times(weights, _normed(x, gamma, beta, eps, D, ROWS))
+        gdc_launch_dependents()
+    z, c, first, second = _scaled(x, scale, centres, 0, D, WARPS)
+    products = _times(weights, z)
+    mean, inverse = _deviation(c, first, second, centres, eps, 0, D)
+    u = (products - mean * slopes) * inverse + bias
     tl.store(logits + row, u, wanted)
     worst = tl.sum(((u != u) & wanted).to(tl.int32), 0) > 0
     u = tl.where(wanted & (u == u), u, -float("inf"))
@@ -205,11 +278,11 @@ def head(
 
 @triton.jit(do_not_specialize=["offset"])
 def choose_and_embed(
-    best, best_at, token, embedding, x, clock, tokens, host_tokens, stamps, offset, programs, V, step,
+    best, best_at, token, embedding, x, centres, clock, tokens, host_tokens, stamps, offset, programs, V, step,
     D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
     STAMP: tl.constexpr,
 ):  # fmt: skip
-    """x = embedding[token], which goes to the log on the device and to the host's pinned memory.
+    """x = embedding[token], which goes to the log on the device and to the host's pinned memory; its mean is a centre.
 
     GREEDY takes the lowest id of the largest logit, from what the head's programs kept; otherwise `token` has been
     drawn. A logit that is not finite ends the row: -2 is told to the host, and token 0 goes on. The token at `offset`
@@ -218,8 +291,8 @@ def choose_and_embed(
     """
     k = tl.arange(0, K)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     base = tl.load(clock)
     if GREEDY:
         p = tl.arange(0, PIECES)
@@ -232,7 +305,9 @@ def choose_and_embed(
     else:
         chosen = tl.load(token)
     row = tl.where(chosen < 0, 0, chosen)
-    tl.store(x + k, tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32), k < D)
+    new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
+    tl.store(x + _place(k), new, k < D)
+    tl.store(centres, tl.sum(new, 0) / D)
     tl.store(token, row)
     tl.store(tokens + base + offset, chosen)
     tl.store(host_tokens + base + offset, chosen)
@@ -245,18 +320,51 @@ def choose_and_embed(
 
 @dataclass(frozen=True)
 class Shapes:
-    """Output rows a program and warps of every kernel. Measured on an H100 at D = 768."""
+    """Output rows a program and its warps, of every kernel. Measured on an H100 at D = 768, each in the whole step."""
 
-    mix: tuple[int, int] = (2, 1)
-    out: tuple[int, int] = (8, 4)
-    fc1: tuple[int, int] = (32, 8)
+    mix: tuple[int, int] = (1, 1)
+    out: tuple[int, int] = (4, 4)
+    fc1: tuple[int, int] = (4, 1)
     fc2: tuple[int, int] = (4, 2)
-    head: tuple[int, int] = (32, 4)
+    head: tuple[int, int] = (16, 1)
 
     @classmethod
     def fit(cls, width: int) -> Shapes:
-        """For a model of that width: narrow ones take fewer rows a program, so that enough programs run."""
-        return cls() if width >= 512 else cls(out=(2, 1), fc1=(8, 4), fc2=(2, 1), head=(16, 4))
+        """For a model of that width.
+
+        Narrow ones take fewer rows a program, so that enough programs run; wide ones more warps, so that the weights
+        of a program stay in registers.
+        """
+        if width < 512:
+            return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1))
+        more = min(triton.next_power_of_2(triton.cdiv(width, 1024)), 8)
+        return cls((1, more), (4, max(4, more)), (4, more), (4, 2 * more), (16, more) if width <= 768 else (8, more))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The tensors of one block as these kernels take them: a LayerNorm and W as (W, bias + W beta, W gamma)."""
+
+    gammas: tuple[Tensor, Tensor]
+    mix: tuple[Tensor, ...]
+    short: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, ...]
+    fc2: tuple[Tensor, Tensor]
+
+
+def placed(vector: Tensor) -> Tensor:
+    """A vector [N] as the kernels keep it: padded with zeros to whole blocks of 256, each as `_place` says."""
+    blocks = torch.nn.functional.pad(vector, (0, -len(vector) % 256)).view(-1, 128, 2)
+    return blocks.transpose(1, 2).flatten()
+
+
+def folded(norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """(W, W beta + b, W gamma) of W norm(x) + b = (W gamma x - mean W gamma) / deviation + W beta + b."""
+    gamma, beta = (t.double() for t in norm)
+    weight, bias = linear
+    wide = weight.double()
+    return weight, (bias.double() + wide @ beta).float(), (wide @ gamma).float()
 
 
 class Step:
@@ -331,7 +439,16 @@ class GpuStep(Step):
         shapes: Shapes | None = None,
         pdl: bool = True,
     ) -> None:
-        self.layers, self.norm, self.embedding, self.head_weight = layers, norm, embedding, head_weight
+        self.embedding = embedding
+        self.layers = [
+            _Layer(
+                (placed(layer.norm1[0].float()), placed(layer.norm2[0].float())), folded(layer.norm1, layer.in_proj),
+                layer.short, layer.out_proj, folded(layer.norm2, layer.fc1), layer.fc2,
+            )
+            for layer in layers
+        ]  # fmt: skip
+        self.gamma = placed(norm[0].float())
+        self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
         self.shapes, self.pdl = shapes or Shapes.fit(self.width), pdl
@@ -342,18 +459,18 @@ class GpuStep(Step):
 
     def _scratch(self) -> None:
         diagonal, new = self.diagonal, self.diagonal.new_empty
-        self.x, self.mixed, self.hidden, self.logits = (
-            new(self.width),
-            new(self.width),
-            new(self.inner),
-            new(self.vocab),
+        self.x, self.mixed, self.hidden = (
+            diagonal.new_zeros(triton.cdiv(n, 256) * 256) for n in (self.width, self.width, self.inner)
         )
+        self.logits = new(self.vocab)
+        self.centres = new(2)
         self.best, self.token = new(self.programs), torch.zeros(1, dtype=torch.long, device=diagonal.device)
         self.best_at = torch.zeros(self.programs, dtype=torch.int32, device=diagonal.device)
 
     def start(self, rows: Tensor) -> None:
         """Puts an embedding [1, D] where the next position reads it."""
-        self.x.copy_(rows[0])
+        self.x.copy_(placed(rows[0].float()))
+        self.centres[0] = rows[0].float().mean()
 
     def forward(
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
@@ -367,34 +484,33 @@ class GpuStep(Step):
         F, s, pdl = self.inner, self.shapes, self.pdl
         more = {"launch_pdl": True} if pdl else {}
         lanes = (self.order - 1) * D
+
+        def cut(shape: tuple[int, int]) -> dict[str, int]:
+            return {"ROWS": shape[0], "WARPS": shape[1], "num_warps": shape[1]}
+
         for number, layer in enumerate(self.layers):
-            rows, warps = s.mix
             # The clock moved at the end of the last block: its reader starts after that.
             early = more if number or offset else {}
-            project_and_mix[(triton.cdiv(D, rows),)](
-                self.x, *layer.norm1, *layer.in_proj, *layer.short, pending[number], history, self.near, self.diagonal,
-                clock, self.mixed, offset, number * lanes, C, eps, D=D, ORDER=self.order, TAPS=self.taps,
-                BLOCK=self.block, ROWS=rows, PDL=pdl, num_warps=warps, **early,
+            project_and_mix[(triton.cdiv(D, s.mix[0]),)](
+                self.x, layer.gammas[0], self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
+                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, D=D, ORDER=self.order,
+                TAPS=self.taps, BLOCK=self.block, PDL=pdl, **cut(s.mix), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
-            rows, warps = s.out
-            add_product[(triton.cdiv(D, rows),)](
-                self.x, self.mixed, *layer.out_proj, D, N=D, ROWS=rows, PDL=pdl, num_warps=warps, **more
+            add_product[(triton.cdiv(D, s.out[0]),)](
+                self.x, self.mixed, *layer.out, D, N=D, PDL=pdl, **cut(s.out), **more
             )
-            rows, warps = s.fc1
-            norm_expand[(triton.cdiv(F, rows),)](
-                self.x, *layer.norm2, *layer.fc1, self.hidden, F, eps, D=D, ROWS=rows, PDL=pdl, num_warps=warps,
+            norm_expand[(triton.cdiv(F, s.fc1[0]),)](
+                self.x, layer.gammas[1], self.centres, *layer.fc1, self.hidden, F, eps, D=D, PDL=pdl, **cut(s.fc1),
                 **more,
             )  # fmt: skip
-            rows, warps = s.fc2
-            add_product[(triton.cdiv(D, rows),)](
-                self.x, self.hidden, *layer.fc2, D, N=F, ROWS=rows, PDL=pdl, num_warps=warps, **more
+            add_product[(triton.cdiv(D, s.fc2[0]),)](
+                self.x, self.hidden, *layer.fc2, D, N=F, PDL=pdl, **cut(s.fc2), **more
             )
-        rows, warps = s.head
         head[(self.programs,)](
-            self.x, *self.norm, self.head_weight, self.logits, self.best, self.best_at, self.vocab, eps, D=D,
-            ROWS=rows, PDL=pdl, num_warps=warps, **more,
+            self.x, self.gamma, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, D=D,
+            PDL=pdl, **cut(s.head), **more,
         )  # fmt: skip
 
     def embed(
@@ -404,8 +520,8 @@ class GpuStep(Step):
         """Chooses the token, or takes the one drawn, and embeds it."""
         D = self.width
         choose_and_embed[(1,)](
-            self.best, self.best_at, self.token, self.embedding, self.x, clock, tokens, host_tokens, stamps, offset,
-            self.programs, self.vocab, self.block, D=D, K=triton.next_power_of_2(D),
+            self.best, self.best_at, self.token, self.embedding, self.x, self.centres, clock, tokens, host_tokens,
+            stamps, offset, self.programs, self.vocab, self.block, D=D, K=triton.next_power_of_2(D),
             PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
             num_warps=4,
             **({"launch_pdl": True} if pdl else {}),
