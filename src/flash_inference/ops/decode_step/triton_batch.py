@@ -45,7 +45,8 @@ def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.cons
     for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
         k = c * WARPS * DEPTH + place
         known = wanted[None, None, :] & (k < N)
-        pieces = pieces + (tl.load(w + row[None, None, :].to(tl.int64) * N + k, known, 0.0),)
+        at = w + row[None, None, :].to(tl.int64) * N + k
+        pieces = pieces + (tl.load(at, known, 0.0, eviction_policy="evict_first"),)
     return pieces
 
 
@@ -265,8 +266,6 @@ def head(
     """logits [B, V] = norm(x) w [V, D]^T; each program also keeps its largest logits and the lowest tokens that have
     them, `best` and `best_at` [programs, B]. A row with a NaN among its logits keeps NaN.
     """
-    if PDL:
-        gdc_launch_dependents()
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
@@ -278,13 +277,15 @@ def head(
     place = tl.arange(0, DEPTH)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
     sums = tl.zeros([BATCH, ROWS], tl.float32)
     for c in range((D + DEPTH - 1) // DEPTH):
         k = c * DEPTH + place
         inside = k < D
         y = tl.load(z + batch[:, None] * D + k[None, :], here[:, None] & inside[None, :], 0.0)
-        weights = tl.load(w + row[None, :].to(tl.int64) * D + k[:, None], wanted[None, :] & inside[:, None], 0.0)
+        at = w + row[None, :].to(tl.int64) * D + k[:, None]
+        weights = tl.load(at, wanted[None, :] & inside[:, None], 0.0, eviction_policy="evict_first")
         if WIDE:
             sums = tl.dot(y, weights, sums, input_precision="tf32x3")
         else:
@@ -314,8 +315,8 @@ def choose_and_embed(
     place = tl.arange(0, K // SHARE)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
     b = tl.program_id(0)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     base = tl.load(clock + 2 + b)
     if GREEDY:
         p = tl.arange(0, PIECES)
