@@ -28,6 +28,7 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
+from flash_inference.ops.decode_step.triton_few import GpuFewStep  # noqa: E402
 from flash_inference.ops.noise import exponential, stream  # noqa: E402
 from flash_inference.ops.noise.triton import exponential_rows  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add  # noqa: E402
@@ -659,15 +660,16 @@ def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
 @pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("order", "width", "batch"), [(2, 10, 3), pytest.param(3, 20, 5, marks=slow)])
-def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool) -> None:
-    model = random_model(order, vocab_size=29, width=width, layers=2, length=40)
+def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool, few: bool) -> None:
+    model = random_model(order, vocab_size=29, width=width // 2 if few else width, layers=2, length=40)
     model = exact_in_bfloat16(model) if short else model
-    decoder = GpuDecoder(model, 40, near=16, batch=batch, batch_shapes=SMALL)
+    decoder = GpuDecoder(model, 40, near=16, batch=batch, batch_shapes=None if few else SMALL)
     tokens = torch.randint(29, (batch, 8))
     loop = GpuLoop(decoder, tokens[:, :3], 8)
-    assert isinstance(loop.step, GpuBatchStep)
+    assert isinstance(loop.step, GpuFewStep if few else GpuBatchStep)
     exact = exact_model(model)(tokens)
     for place in range(3, 8):
         logits = loop.advance(tokens[:, place])
@@ -733,13 +735,14 @@ def test_a_batch_whose_squares_run_on_tensor_cores(monkeypatch: pytest.MonkeyPat
         check_greedy(model, prompt, tokens, 4)
 
 
+@pytest.mark.parametrize("shapes", [None, SMALL], ids=["few", "many"])
 @pytest.mark.parametrize("value", [NAN, math.inf])
-def test_a_row_that_stops_being_finite_is_named(value: float) -> None:
-    model = random_model(2, vocab_size=29, width=10, layers=1, length=40)
+def test_a_row_that_stops_being_finite_is_named(value: float, shapes: BatchShapes | None) -> None:
+    model = random_model(2, vocab_size=20, width=4, layers=1, length=40)
     prompts = torch.randint(1, 20, (2, 3))
-    decoder = GpuDecoder(model, 40, near=16, batch=2, batch_shapes=SMALL)
+    decoder = GpuDecoder(model, 40, near=16, batch=2, batch_shapes=shapes)
     loop = GpuLoop(decoder, prompts, 6)
-    loop.step.start(torch.stack([torch.randn(10), torch.full((10,), value)]))
+    loop.step.start(torch.stack([torch.randn(4), torch.full((4,), value)]))
     with pytest.raises(NumericsError, match="row 1"):
         list(loop)
 

@@ -7,7 +7,7 @@ fetches its weights while the one before it still runs, and waits only then: wha
 the wait and its last store.
 
 - A lane holds eight neighbours of a matrix row, and the vector elements that belong to them; a vector is loaded once
-  for all rows of a program. Its loads are dense, since vectors between kernels are kept even elements first (`_place`).
+  for all rows of a program. Its loads are dense, since vectors between kernels are kept even elements first (`place`).
 - Most programs are one warp: sums need no barrier.
 - LayerNorm costs one round of sums, together with the product: W norm(x) = (W z - (mean - c) W gamma) / deviation +
   W beta with z = gamma (x - c), where c is the mean that x had at the last LayerNorm, so that nothing cancels. W gamma
@@ -39,13 +39,13 @@ from flash_inference.ops.decode_step.numpy import LayerWeights
 
 
 @triton.jit
-def _place(k):
+def place(k):
     """Where the vectors between kernels keep element k: of 256 neighbours the even ones first, then the odd ones."""
     return k // 256 * 256 + k % 2 * 128 + k % 256 // 2
 
 
 @triton.jit
-def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr):
+def stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr):
     """Rows of a matrix [.., N] in pieces [ROWS, 256 WARPS], of which a lane holds eight neighbours a row.
 
     Those of bfloat16 are pairs in 32 bits, [ROWS, 128 WARPS].
@@ -72,7 +72,7 @@ def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _spread(v, N: tl.constexpr, WARPS: tl.constexpr):
+def spread(v, N: tl.constexpr, WARPS: tl.constexpr):
     """A vector [N] in pieces [1, 128 WARPS], those of even elements and of odd ones in turns."""
     HALF: tl.constexpr = 128 * WARPS
     KEPT: tl.constexpr = (N + 255) // 256 * 256
@@ -88,8 +88,8 @@ def _spread(v, N: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _times(w, v):
-    """The product of rows in pieces with a vector in pieces: [ROWS]."""
+def weighted(w, v):
+    """The product of rows in pieces with a vector in pieces, a lane's part at a time."""
     sums = tl.zeros([1, 1], tl.float32)
     for c in tl.static_range(len(w)):
         if w[c].dtype == tl.int32:
@@ -100,16 +100,22 @@ def _times(w, v):
         else:
             both = tl.reshape(tl.join(v[2 * c], v[2 * c + 1]), (1, 2 * v[2 * c].shape[1]))
             sums += w[c].to(tl.float32) * both
-    return tl.sum(sums, 1)
+    return sums
 
 
 @triton.jit
-def _scaled(x, gamma, centres, WHICH: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr):
+def _times(w, v):
+    """The product of rows in pieces with a vector in pieces: [ROWS]."""
+    return tl.sum(weighted(w, v), 1)
+
+
+@triton.jit
+def scaled(x, gamma, centres, WHICH: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr):
     """gamma (x - c) in pieces, c, and the sums of x - c and of its squares, a lane at a time."""
     HALF: tl.constexpr = 128 * WARPS
     k = tl.arange(0, HALF)[None, :]
     c = tl.load(centres + WHICH)
-    v = _spread(x, D, WARPS)
+    v = spread(x, D, WARPS)
     z = ()
     sums = tl.zeros([1, HALF], tl.float32)
     squares = tl.zeros([1, HALF], tl.float32)
@@ -155,10 +161,10 @@ def project_and_mix(
     biases = ()
     slopes = ()
     for g in tl.static_range(ORDER + 1):
-        weights = weights + (_stream(w, g * D + row, wanted, D, WARPS),)
+        weights = weights + (stream(w, g * D + row, wanted, D, WARPS),)
         biases = biases + (tl.load(b + g * D + row, wanted, 0.0),)
         slopes = slopes + (tl.load(slope + g * D + row, wanted, 0.0),)
-    scale = _spread(gamma, D, WARPS)
+    scale = spread(gamma, D, WARPS)
     base = tl.load(clock)
     now = history + (base + offset) * C + lane + row
     past = tl.arange(0, BLOCK)
@@ -183,7 +189,7 @@ def project_and_mix(
                 owed = owed + (tl.load(short_b + channel, wanted, 0.0),)
     if PDL:
         gdc_wait()
-    z, c, first, second = _scaled(x, scale, centres, 0, D, WARPS)
+    z, c, first, second = scaled(x, scale, centres, 0, D, WARPS)
     products = ()
     for g in tl.static_range(ORDER + 1):
         products = products + (_times(weights[g], z),)
@@ -200,7 +206,7 @@ def project_and_mix(
         y = gates[ORDER - 1 - o] * v
         v = sums[o] + own[o] * y
         tl.store(now + o * D, y.to(history.dtype.element_ty), wanted)
-    tl.store(out + _place(row), gates[0] * v, wanted)
+    tl.store(out + place(row), gates[0] * v, wanted)
 
 
 @triton.jit
@@ -212,12 +218,12 @@ def add_product(
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < D
-    weights = _stream(w, row, wanted, N, WARPS)
+    weights = stream(w, row, wanted, N, WARPS)
     bias = tl.load(b + row, wanted, 0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    stands = tl.load(x + _place(row), wanted, 0.0) + bias
-    tl.store(x + _place(row), stands + _times(weights, _spread(v, N, WARPS)), wanted)
+    stands = tl.load(x + place(row), wanted, 0.0) + bias
+    tl.store(x + place(row), stands + _times(weights, spread(v, N, WARPS)), wanted)
 
 
 @triton.jit
@@ -230,18 +236,18 @@ def norm_expand(
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < N
-    weights = _stream(w, row, wanted, D, WARPS)
+    weights = stream(w, row, wanted, D, WARPS)
     bias = tl.load(b + row, wanted, 0.0)
     slopes = tl.load(slope + row, wanted, 0.0)
-    scale = _spread(gamma, D, WARPS)
+    scale = spread(gamma, D, WARPS)
     if PDL:
         gdc_wait()
-    z, c, first, second = _scaled(x, scale, centres, 1, D, WARPS)
+    z, c, first, second = scaled(x, scale, centres, 1, D, WARPS)
     products = _times(weights, z)
     mean, inverse = _deviation(c, first, second, centres, eps, 1, D)
     u = (products - mean * slopes) * inverse + bias
     # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-    tl.store(out + _place(row), u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u)), wanted)
+    tl.store(out + place(row), u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u)), wanted)
 
 
 @triton.jit
@@ -257,14 +263,14 @@ def head(
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     wanted = row < V
-    weights = _stream(w, row, wanted, D, WARPS)
+    weights = stream(w, row, wanted, D, WARPS)
     bias = tl.load(b + row, wanted, 0.0)
     slopes = tl.load(slope + row, wanted, 0.0)
-    scale = _spread(gamma, D, WARPS)
+    scale = spread(gamma, D, WARPS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    z, c, first, second = _scaled(x, scale, centres, 0, D, WARPS)
+    z, c, first, second = scaled(x, scale, centres, 0, D, WARPS)
     products = _times(weights, z)
     mean, inverse = _deviation(c, first, second, centres, eps, 0, D)
     u = (products - mean * slopes) * inverse + bias
@@ -306,7 +312,7 @@ def choose_and_embed(
         chosen = tl.load(token)
     row = tl.where(chosen < 0, 0, chosen)
     new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
-    tl.store(x + _place(k), new, k < D)
+    tl.store(x + place(k), new, k < D)
     tl.store(centres, tl.sum(new, 0) / D)
     tl.store(token, row)
     tl.store(tokens + base + offset, chosen)
@@ -342,7 +348,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """The tensors of one block as these kernels take them: a LayerNorm and W as (W, bias + W beta, W gamma)."""
 
     gammas: tuple[Tensor, Tensor]
@@ -352,19 +358,26 @@ class _Layer:
     fc1: tuple[Tensor, ...]
     fc2: tuple[Tensor, Tensor]
 
+    @classmethod
+    def of(cls, layer: LayerWeights) -> Layer:
+        """That of a block's weights."""
+        gammas = placed(layer.norm1[0].float()), placed(layer.norm2[0].float())
+        mix, fc1 = folded(layer.norm1, layer.in_proj), folded(layer.norm2, layer.fc1)
+        return cls(gammas, mix, layer.short, layer.out_proj, fc1, layer.fc2)
+
 
 def placed(vector: Tensor) -> Tensor:
-    """A vector [N] as the kernels keep it: padded with zeros to whole blocks of 256, each as `_place` says."""
+    """A vector [N] as the kernels keep it: padded with zeros to whole blocks of 256, each as `place` says."""
     blocks = torch.nn.functional.pad(vector, (0, -len(vector) % 256)).view(-1, 128, 2)
     return blocks.transpose(1, 2).flatten()
 
 
 def folded(norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """(W, W beta + b, W gamma) of W norm(x) + b = (W gamma x - mean W gamma) / deviation + W beta + b."""
-    gamma, beta = (t.double() for t in norm)
+    both = torch.stack([t.double() for t in norm], dim=1)
     weight, bias = linear
-    wide = weight.double()
-    return weight, (bias.double() + wide @ beta).float(), (wide @ gamma).float()
+    slope, offset = torch.cat([some.double() @ both for some in weight.split(4096)]).unbind(1)
+    return weight, (bias.double() + offset).float(), slope.float()
 
 
 class Step:
@@ -440,13 +453,7 @@ class GpuStep(Step):
         pdl: bool = True,
     ) -> None:
         self.embedding = embedding
-        self.layers = [
-            _Layer(
-                (placed(layer.norm1[0].float()), placed(layer.norm2[0].float())), folded(layer.norm1, layer.in_proj),
-                layer.short, layer.out_proj, folded(layer.norm2, layer.fc1), layer.fc2,
-            )
-            for layer in layers
-        ]  # fmt: skip
+        self.layers = [Layer.of(layer) for layer in layers]
         self.gamma = placed(norm[0].float())
         self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block

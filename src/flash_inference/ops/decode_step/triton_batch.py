@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
-from flash_inference.ops.decode_step.triton import Step
+from flash_inference.ops.decode_step.triton import Step, folded
 
 SHARE = 16
 """Channels whose moments the embedding writes together."""
@@ -45,8 +45,7 @@ def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.cons
     for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
         k = c * WARPS * DEPTH + place
         known = wanted[None, None, :] & (k < N)
-        at = w + row[None, None, :].to(tl.int64) * N + k
-        pieces = pieces + (tl.load(at, known, 0.0, eviction_policy="evict_first"),)
+        pieces = pieces + (tl.load(w + row[None, None, :].to(tl.int64) * N + k, known, 0.0),)
     return pieces
 
 
@@ -284,8 +283,7 @@ def head(
         k = c * DEPTH + place
         inside = k < D
         y = tl.load(z + batch[:, None] * D + k[None, :], here[:, None] & inside[None, :], 0.0)
-        at = w + row[None, :].to(tl.int64) * D + k[:, None]
-        weights = tl.load(at, wanted[None, :] & inside[:, None], 0.0, eviction_policy="evict_first")
+        weights = tl.load(w + row[None, :].to(tl.int64) * D + k[:, None], wanted[None, :] & inside[:, None], 0.0)
         if WIDE:
             sums = tl.dot(y, weights, sums, input_precision="tf32x3")
         else:
@@ -411,13 +409,6 @@ class _Layer:
     wide: tuple[bool, bool, bool, bool]
 
 
-def _folded(norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    gamma, beta = (t.double() for t in norm)
-    weight, bias = linear
-    wide = weight.double()
-    return weight, (bias.double() + wide @ beta).float(), (wide @ gamma).float()
-
-
 class GpuBatchStep(Step):
     """Launches one position of `batch` sequences through all layers, head and choice, on the current stream.
 
@@ -431,7 +422,7 @@ class GpuBatchStep(Step):
     ) -> None:  # fmt: skip
         self.embedding, self.batch = embedding, batch
         self.gamma = norm[0].float()
-        self.head = _folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
+        self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
         self.shapes, self.pdl = shapes or BatchShapes.fit(batch), pdl
@@ -439,7 +430,7 @@ class GpuBatchStep(Step):
         self.layers = [
             _Layer(
                 (layer.norm1[0].float(), layer.norm2[0].float()),
-                _folded(layer.norm1, layer.in_proj), layer.short, layer.out_proj, _folded(layer.norm2, layer.fc1),
+                folded(layer.norm1, layer.in_proj), layer.short, layer.out_proj, folded(layer.norm2, layer.fc1),
                 layer.fc2, tuple(_wide(m[0]) for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)),
             )  # type: ignore[arg-type]
             for layer in layers

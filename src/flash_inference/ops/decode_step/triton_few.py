@@ -1,0 +1,390 @@
+"""The decode step of order-N Hyena blocks for 2 to 4 rows on a GPU: the kernels of `triton`, row after row.
+
+A program holds its weights in registers, as for one row, and multiplies them by the vectors of the batch's rows, one
+after the other; sums are scalars, gathered in vectors [BATCH] over the rows for what stands behind a product.
+
+x, and what goes from kernel to kernel, is [B, channels] float32, each row as `triton` keeps a vector; `centres` [2, B];
+`history` is time-major [rows, M D, B], `pending` [TAPS - 1, B, (N + 1) D].
+"""
+
+# Triton gives its decorators, launches and ranges no types that a checker could follow.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+
+from flash_inference.ops.decode_step.numpy import LayerWeights
+from flash_inference.ops.decode_step.triton import Layer, Step, folded, place, placed, scaled, spread, stream, weighted
+
+FEW = 4
+"""Up to so many rows that is faster than tensor cores: 224 us instead of 325 for 2, 306 instead of 330 for 4, and 481
+instead of 347 for 8 (H100, 18 layers, D = 768)."""
+
+
+@triton.jit
+def _streams(w, first, last, ROWS: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """Rows first, first + 1, .. of a matrix, each in pieces [1, 256 WARPS], if they are below `last`."""
+    found = ()
+    for r in tl.static_range(ROWS):
+        row = first + r + tl.arange(0, 1)
+        found = found + (stream(w, row, row < last, N, WARPS),)
+    return found
+
+
+@triton.jit
+def _dots(held, weights, v, batch, b):
+    """What is held for every row of weights [BATCH], with its product with the vector of row b."""
+    found = ()
+    for r in tl.static_range(len(weights)):
+        found = found + (tl.where(batch == b, tl.sum(weighted(weights[r], v)), held[r]),)
+    return found
+
+
+@triton.jit
+def _products(v, weights, batch, B: tl.constexpr, BATCH: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """v [B, N] times rows: [BATCH] for each."""
+    KEPT: tl.constexpr = (N + 255) // 256 * 256
+    held = (tl.zeros([BATCH], tl.float32),) * len(weights)
+    for b in tl.static_range(B):
+        held = _dots(held, weights, spread(v + b * KEPT, N, WARPS), batch, b)
+    return held
+
+
+@triton.jit
+def _normed(
+    x, gamma, centres, weights, slopes, biases, batch, eps, WHICH: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr,
+    D: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """norm(x) times rows + biases: [BATCH] for each; the first program tells the means to the next LayerNorm."""
+    KEPT: tl.constexpr = (D + 255) // 256 * 256
+    held = (tl.zeros([BATCH], tl.float32),) * len(weights)
+    sums = tl.zeros([BATCH], tl.float32)
+    squares = tl.zeros([BATCH], tl.float32)
+    centre = tl.load(centres + WHICH * B + batch, batch < B, 0.0)
+    for b in tl.static_range(B):
+        z, _, first, second = scaled(x + b * KEPT, gamma, centres + WHICH * B + b, 0, D, WARPS)
+        held = _dots(held, weights, z, batch, b)
+        sums = tl.where(batch == b, tl.sum(first), sums)
+        squares = tl.where(batch == b, tl.sum(second), squares)
+    mean = sums / D
+    inverse = tl.rsqrt(squares / D - mean * mean + eps)
+    if tl.program_id(0) == 0:
+        tl.store(centres + (1 - WHICH) * B + batch, centre + mean, batch < B)
+    found = ()
+    for r in tl.static_range(len(weights)):
+        found = found + ((held[r] - mean * slopes[r]) * inverse + biases[r],)
+    return found
+
+
+@triton.jit
+def _scalars(v, first, last, ROWS: tl.constexpr):
+    """Elements first, first + 1, .. of a vector, 0 from `last` on."""
+    found = ()
+    for r in tl.static_range(ROWS):
+        found = found + (tl.load(v + first + r, first + r < last, 0.0).to(tl.float32),)
+    return found
+
+
+@triton.jit(do_not_specialize=["offset", "lane"])
+def project_and_mix(
+    x, gamma, centres, w, b, slope, short_w, short_b, pending, history, near, diagonal, clock, out, offset, lane, C,
+    eps, B: tl.constexpr, BATCH: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, TAPS: tl.constexpr, BLOCK:
+    tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B, D] = x_0 z_last, as `triton.project_and_mix`, for one channel."""
+    if PDL:
+        gdc_launch_dependents()
+    W: tl.constexpr = (ORDER + 1) * D
+    KEPT: tl.constexpr = (D + 255) // 256 * 256
+    channel = tl.program_id(0)
+    batch = tl.arange(0, BATCH)
+    here = batch < B
+    weights = ()
+    biases = ()
+    slopes = ()
+    for g in tl.static_range(ORDER + 1):
+        weights = weights + _streams(w, g * D + channel, W, 1, D, WARPS)
+        biases = biases + (tl.load(b + g * D + channel),)
+        slopes = slopes + (tl.load(slope + g * D + channel),)
+    scale = spread(gamma, D, WARPS)
+    base = tl.load(clock)
+    past = tl.arange(0, BLOCK)
+    sums = ()
+    own = ()
+    for o in tl.static_range(ORDER - 1):
+        column = lane + o * D + channel
+        at = history + ((base + past) * C + column)[:, None] * B + batch[None, :]
+        y = tl.load(at, (past < offset)[:, None] & here[None, :], 0.0).to(tl.float32)
+        rho = tl.load(near + (offset - past) * C + column, past < offset, 0.0)
+        stands = tl.load(history + ((base + offset) * C + column) * B + batch, here, 0.0).to(tl.float32)
+        sums = sums + (stands + tl.sum(y * rho[:, None], 0),)
+        own = own + (tl.load(diagonal + column),)
+    owed = ()
+    taps = ()
+    for g in tl.static_range(ORDER + 1):
+        for k in tl.static_range(TAPS):
+            taps = taps + (tl.load(short_w + (TAPS - 1 - k) * W + g * D + channel),)
+            if k + 1 < TAPS:
+                owed = owed + (tl.load(pending + (k * B + batch) * W + g * D + channel, here, 0.0),)
+            else:
+                owed = owed + (tl.load(short_b + g * D + channel) + tl.zeros([BATCH], tl.float32),)
+    if PDL:
+        gdc_wait()
+    u = _normed(x, scale, centres, weights, slopes, biases, batch, eps, 0, B, BATCH, D, WARPS)
+    gates = ()
+    for g in tl.static_range(ORDER + 1):
+        gates = gates + (u[g] * taps[g * TAPS] + owed[g * TAPS],)
+        for k in tl.static_range(TAPS - 1):
+            later = owed[g * TAPS + k + 1] + u[g] * taps[g * TAPS + k + 1]
+            tl.store(pending + (k * B + batch) * W + g * D + channel, later, here)
+    v = gates[ORDER]
+    for o in tl.static_range(ORDER - 1):
+        y = gates[ORDER - 1 - o] * v
+        v = sums[o] + own[o] * y
+        at = history + ((base + offset) * C + lane + o * D + channel) * B + batch
+        tl.store(at, y.to(history.dtype.element_ty), here)
+    tl.store(out + batch * KEPT + place(channel), gates[0] * v, here)
+
+
+@triton.jit
+def add_product(
+    x, v, w, b, B: tl.constexpr, BATCH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS:
+    tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """x [B, D] += v [B, N] w [D, N]^T + b."""
+    if PDL:
+        gdc_launch_dependents()
+    KEPT: tl.constexpr = (D + 255) // 256 * 256
+    first = tl.program_id(0) * ROWS
+    batch = tl.arange(0, BATCH)
+    weights = _streams(w, first, D, ROWS, N, WARPS)
+    biases = _scalars(b, first, D, ROWS)
+    if PDL:
+        gdc_wait()
+    stands = ()
+    for r in tl.static_range(ROWS):
+        wanted = (batch < B) & (first + r < D)
+        stands = stands + (tl.load(x + batch * KEPT + place(first + r), wanted, 0.0) + biases[r],)
+    found = _products(v, weights, batch, B, BATCH, N, WARPS)
+    for r in tl.static_range(ROWS):
+        wanted = (batch < B) & (first + r < D)
+        tl.store(x + batch * KEPT + place(first + r), stands[r] + found[r], wanted)
+
+
+@triton.jit
+def norm_expand(
+    x, gamma, centres, w, b, slope, out, eps, B: tl.constexpr, BATCH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """out [B, N] = gelu(norm(x) w [N, D]^T + b), the tanh form of GELU."""
+    if PDL:
+        gdc_launch_dependents()
+    KEPT: tl.constexpr = (N + 255) // 256 * 256
+    first = tl.program_id(0) * ROWS
+    batch = tl.arange(0, BATCH)
+    weights = _streams(w, first, N, ROWS, D, WARPS)
+    biases = _scalars(b, first, N, ROWS)
+    slopes = _scalars(slope, first, N, ROWS)
+    scale = spread(gamma, D, WARPS)
+    if PDL:
+        gdc_wait()
+    found = _normed(x, scale, centres, weights, slopes, biases, batch, eps, 1, B, BATCH, D, WARPS)
+    for r in tl.static_range(ROWS):
+        u = found[r]
+        # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
+        gelu = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        tl.store(out + batch * KEPT + place(first + r), gelu, (batch < B) & (first + r < N))
+
+
+@triton.jit
+def head(
+    x, gamma, centres, w, b, slope, logits, best, best_at, V, eps, B: tl.constexpr, BATCH: tl.constexpr, D:
+    tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """logits [B, V] = norm(x) w [V, D]^T, and each program's largest ones `best` and `best_at` [programs, B], as
+    `triton.head`.
+    """
+    program = tl.program_id(0)
+    first = program * ROWS
+    batch = tl.arange(0, BATCH)
+    here = batch < B
+    weights = _streams(w, first, V, ROWS, D, WARPS)
+    biases = _scalars(b, first, V, ROWS)
+    slopes = _scalars(slope, first, V, ROWS)
+    scale = spread(gamma, D, WARPS)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    found = _normed(x, scale, centres, weights, slopes, biases, batch, eps, 0, B, BATCH, D, WARPS)
+    top = tl.full([BATCH], -float("inf"), tl.float32)
+    at = tl.zeros([BATCH], tl.int32) + V
+    bad = tl.zeros([BATCH], tl.int32)
+    for r in tl.static_range(ROWS):
+        u = found[r]
+        wanted = here & (first + r < V)
+        tl.store(logits + batch.to(tl.int64) * V + first + r, u, wanted)
+        bad = bad | (wanted & (u != u)).to(tl.int32)
+        more = wanted & (u > top)
+        at = tl.where(more, first + r, at)
+        top = tl.where(more, u, top)
+    tl.store(best + program * B + batch, tl.where(bad > 0, float("nan"), top), here)
+    tl.store(best_at + program * B + batch, at, here)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def choose_and_embed(
+    best, best_at, token, embedding, x, centres, clock, tokens, host_tokens, stamps, offset, programs, V, step, B:
+    tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr, LAST: tl.constexpr,
+    PDL: tl.constexpr, STAMP: tl.constexpr,
+):  # fmt: skip
+    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B].
+
+    `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on.
+    """
+    KEPT: tl.constexpr = (D + 255) // 256 * 256
+    k = tl.arange(0, K)
+    b = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    base = tl.load(clock + 2 + b)
+    if GREEDY:
+        p = tl.arange(0, PIECES)
+        known = p < programs
+        u = tl.load(best + p * B + b, known, -float("inf"))
+        top = tl.max(u, 0)
+        chosen = tl.min(tl.where(known & (u == top), tl.load(best_at + p * B + b, known, V), V), 0).to(tl.int64)
+        bad = (tl.sum((u != u).to(tl.int32), 0) > 0) | (top == float("inf")) | (top == -float("inf"))
+        chosen = tl.where(bad, -2, chosen)
+    else:
+        chosen = tl.load(token + b)
+    row = tl.where(chosen < 0, 0, chosen)
+    new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
+    tl.store(x + b * KEPT + place(k), new, k < D)
+    tl.store(centres + b, tl.sum(new, 0) / D)
+    tl.store(token + b, row)
+    tl.store(tokens + (base + offset) * B + b, chosen)
+    tl.store(host_tokens + (base + offset) * B + b, chosen)
+    if LAST:
+        tl.store(clock + 2 + b, base + step)
+    if b == 0:
+        tl.store(clock + 1, base)
+        if STAMP:
+            tl.store(stamps + base + offset, globaltimer())
+        if LAST:
+            tl.store(clock, base + step)
+
+
+@dataclass(frozen=True)
+class FewShapes:
+    """Output rows a program and its warps, of every kernel; `mix` has one channel. Measured on an H100 at D = 768."""
+
+    mix: int = 1
+    out: tuple[int, int] = (2, 1)
+    fc1: tuple[int, int] = (4, 1)
+    fc2: tuple[int, int] = (2, 2)
+    head: tuple[int, int] = (4, 1)
+
+    @classmethod
+    def fit(cls, width: int) -> FewShapes:
+        """For a model of that width, as `triton.Shapes.fit`."""
+        if width < 512:
+            return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1))
+        more = min(triton.next_power_of_2(triton.cdiv(width, 1024)), 8)
+        return cls(more, (2, more), (4, more), (2, 2 * more), (4, more))
+
+
+class GpuFewStep(Step):
+    """Launches one position of 2 to `FEW` sequences through all layers, head and choice, on the current stream.
+
+    The interface of `GpuStep`, with rows [B, D], logits [B, V], token [B], logs [rows, B] and a clock of [2 + B].
+    """
+
+    def __init__(
+        self, layers: list[LayerWeights], norm: tuple[Tensor, Tensor], embedding: Tensor, head_weight: Tensor,
+        diagonal: Tensor, near: Tensor, *, batch: int, order: int, eps: float, block: int,
+        shapes: FewShapes | None = None, pdl: bool = True,
+    ) -> None:  # fmt: skip
+        self.embedding, self.batch = embedding, batch
+        self.layers = [Layer.of(layer) for layer in layers]
+        self.gamma = placed(norm[0].float())
+        self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
+        self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
+        self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
+        self.shapes, self.pdl = shapes or FewShapes.fit(self.width), pdl
+        self.inner, self.taps = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0]
+        self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
+        self._scratch()
+
+    def _scratch(self) -> None:
+        B, new = self.batch, self.diagonal.new_empty
+        self.x, self.mixed, self.hidden = (
+            self.diagonal.new_zeros(B, triton.cdiv(n, 256) * 256) for n in (self.width, self.width, self.inner)
+        )
+        self.centres, self.logits, self.best = new(2, B), new(B, self.vocab), new(self.programs, B)
+        self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
+        self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
+
+    def start(self, rows: Tensor) -> None:
+        """Puts embeddings [B, D] where the next position reads them."""
+        rows = rows.float()
+        self.x.copy_(torch.stack([placed(row) for row in rows]))
+        self.centres[0] = rows.mean(1)
+
+    def forward(
+        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
+        after_mixing: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D]."""
+        D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
+        C, lanes = history.shape[1] // B, (self.order - 1) * D
+        more = {"launch_pdl": True} if pdl else {}
+        common = {"B": B, "BATCH": triton.next_power_of_2(B), "D": D, "PDL": pdl}
+
+        def cut(shape: tuple[int, int]) -> dict[str, int]:
+            return {"ROWS": shape[0], "WARPS": shape[1], "num_warps": shape[1]}
+
+        for number, layer in enumerate(self.layers):
+            # The clock moved at the end of the last block: its reader starts after that.
+            early = more if number or offset else {}
+            project_and_mix[(D,)](
+                self.x, layer.gammas[0], self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
+                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order, TAPS=self.taps,
+                BLOCK=self.block, WARPS=s.mix, num_warps=s.mix, **common, **early,
+            )  # fmt: skip
+            if number + 1 == len(self.layers) and after_mixing is not None:
+                after_mixing()
+            add_product[(triton.cdiv(D, s.out[0]),)](
+                self.x, self.mixed, *layer.out, N=D, **common, **cut(s.out), **more
+            )
+            norm_expand[(triton.cdiv(F, s.fc1[0]),)](
+                self.x, layer.gammas[1], self.centres, *layer.fc1, self.hidden, eps, N=F, **common, **cut(s.fc1), **more
+            )
+            add_product[(triton.cdiv(D, s.fc2[0]),)](
+                self.x, self.hidden, *layer.fc2, N=F, **common, **cut(s.fc2), **more
+            )
+        head[(self.programs,)](
+            self.x, self.gamma, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps,
+            **common, **cut(s.head), **more,
+        )  # fmt: skip
+
+    def embed(
+        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
+        greedy: bool, pdl: bool,
+    ) -> None:  # fmt: skip
+        """Chooses every row's token, or takes those drawn, and embeds them."""
+        D = self.width
+        choose_and_embed[(self.batch,)](
+            self.best, self.best_at, self.token, self.embedding, self.x, self.centres, clock, tokens, host_tokens,
+            stamps, offset, self.programs, self.vocab, self.block, B=self.batch, D=D, K=triton.next_power_of_2(D),
+            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
+            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
