@@ -28,7 +28,7 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
-from flash_inference.ops.decode_step.triton_few import GpuFewStep  # noqa: E402
+from flash_inference.ops.decode_step.triton_few import FewShapes, GpuFewStep  # noqa: E402
 from flash_inference.ops.noise import exponential, stream  # noqa: E402
 from flash_inference.ops.noise.triton import exponential_rows  # noqa: E402
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add  # noqa: E402
@@ -296,6 +296,17 @@ def check_step(
 @pytest.mark.parametrize("short_taps", [1, 2, 3, 4])
 def test_one_token_logits(order: int, short_taps: int) -> None:
     check_step(model_of(order, short_taps=short_taps, layers=1 + (short_taps == 3)))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [64, 256, 500, 512, 768, 1000, 1536, 4096, 8192])
+def test_a_programs_weights_fit_its_registers(width: int, itemsize: int) -> None:
+    for shapes in (Shapes.fit(width, 4 * width, itemsize), FewShapes.fit(width, 4 * width, itemsize)):
+        kernels = [(shapes.out, width), (shapes.fc1, width), (shapes.fc2, 4 * width), (shapes.head, width)]
+        for (rows, warps), inputs in kernels:
+            assert rows * inputs * itemsize <= 255 * 4 * 32 * warps
+    assert Shapes.fit(768, 3072) == Shapes()
+    assert FewShapes.fit(768, 3072) == FewShapes()
 
 
 @slow

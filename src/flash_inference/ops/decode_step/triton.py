@@ -324,6 +324,24 @@ def choose_and_embed(
         tl.store(clock, base + step)
 
 
+REGISTERS = 200
+"""What a thread may hold of the weights, of the 255 that it has."""
+
+
+def rows_held(most: int, bytes_a_row: int, warps: int) -> int:
+    """How many rows, a power of two up to `most`, so many warps can hold in their registers; at least one."""
+    rows = most
+    while rows > 1 and rows * bytes_a_row > 4 * REGISTERS * 32 * warps:
+        rows //= 2
+    return rows
+
+
+def widest(layers: list[LayerWeights], head: Tensor) -> int:
+    """Bytes of an element of the widest matrix that a step streams."""
+    matrices = [m[0] for layer in layers for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)]
+    return max(m.element_size() for m in [*matrices, head])
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Output rows a program and its warps, of every kernel. Measured on an H100 at D = 768, each in the whole step."""
@@ -335,16 +353,18 @@ class Shapes:
     head: tuple[int, int] = (16, 1)
 
     @classmethod
-    def fit(cls, width: int) -> Shapes:
-        """For a model of that width.
+    def fit(cls, width: int, inner: int, itemsize: int = 2) -> Shapes:
+        """For a model of that width, of its MLPs too, whose widest weights have `itemsize` bytes.
 
-        Narrow ones take fewer rows a program, so that enough programs run; wide ones more warps, so that the weights
-        of a program stay in registers.
+        Narrow models take fewer rows a program, so that enough programs run; wide ones more warps, and wide weights
+        fewer rows, so that the weights of a program stay in registers.
         """
         if width < 512:
-            return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1))
+            return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1), head=(rows_held(16, width * itemsize, 1), 1))
         more = min(triton.next_power_of_2(triton.cdiv(width, 1024)), 8)
-        return cls((1, more), (4, max(4, more)), (4, more), (4, 2 * more), (16, more) if width <= 768 else (8, more))
+        fc2 = rows_held(4, inner * itemsize, 2 * more), 2 * more
+        head = rows_held(16, width * itemsize, more), more
+        return cls((1, more), (4, max(4, more)), (rows_held(4, width * itemsize, more), more), fc2, head)
 
 
 @dataclass(frozen=True)
@@ -458,8 +478,8 @@ class GpuStep(Step):
         self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
-        self.shapes, self.pdl = shapes or Shapes.fit(self.width), pdl
-        self.inner = layers[0].fc1[0].shape[0]
+        self.inner, self.pdl = layers[0].fc1[0].shape[0], pdl
+        self.shapes = shapes or Shapes.fit(self.width, self.inner, widest(layers, head_weight))
         self.taps = layers[0].short[0].shape[0]
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
         self._scratch()

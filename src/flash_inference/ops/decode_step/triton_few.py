@@ -22,10 +22,22 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
-from flash_inference.ops.decode_step.triton import Layer, Step, folded, place, placed, scaled, spread, stream, weighted
+from flash_inference.ops.decode_step.triton import (
+    Layer,
+    Step,
+    folded,
+    place,
+    placed,
+    rows_held,
+    scaled,
+    spread,
+    stream,
+    weighted,
+    widest,
+)
 
 FEW = 4
-"""Up to so many rows that is faster than tensor cores: 224 us instead of 325 for 2, 306 instead of 330 for 4, and 481
+"""Up to so many rows this is faster than tensor cores: 224 us instead of 325 for 2, 306 instead of 330 for 4, and 481
 instead of 347 for 8 (H100, 18 layers, D = 768)."""
 
 
@@ -294,12 +306,13 @@ class FewShapes:
     head: tuple[int, int] = (4, 1)
 
     @classmethod
-    def fit(cls, width: int) -> FewShapes:
+    def fit(cls, width: int, inner: int, itemsize: int = 2) -> FewShapes:
         """For a model of that width, as `triton.Shapes.fit`."""
         if width < 512:
             return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1))
         more = min(triton.next_power_of_2(triton.cdiv(width, 1024)), 8)
-        return cls(more, (2, more), (4, more), (2, 2 * more), (4, more))
+        fc1, fc2 = rows_held(4, width * itemsize, more), rows_held(2, inner * itemsize, 2 * more)
+        return cls(more, (2, more), (fc1, more), (fc2, 2 * more), (rows_held(4, width * itemsize, more), more))
 
 
 class GpuFewStep(Step):
@@ -319,8 +332,8 @@ class GpuFewStep(Step):
         self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
-        self.shapes, self.pdl = shapes or FewShapes.fit(self.width), pdl
-        self.inner, self.taps = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0]
+        self.inner, self.taps, self.pdl = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0], pdl
+        self.shapes = shapes or FewShapes.fit(self.width, self.inner, widest(layers, head_weight))
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
         self._scratch()
 

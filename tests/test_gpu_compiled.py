@@ -1,0 +1,101 @@
+"""What the compiler makes of the step's kernels for an H100, read without one: no GPU is needed to compile.
+
+A step is as fast as the little that each kernel does behind its wait, and that is easily lost without a wrong number:
+by registers that spill, by a vector that is loaded anew for every row, by sums that wait at barriers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flash_inference.ops.decode_step import triton as one, triton_few as few
+
+D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
+NUMBERS = ("offset", "lane", "C", "N", "V", "D")
+shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
+
+def made(kernel, warps, **constants):
+    kinds = {
+        name: "constexpr" if name in constants else TYPES.get(name, "i32" if name in NUMBERS else "*fp32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ("N", "D", "C")
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "launch_pdl": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with open(sys.argv[1] + "/" + str(len(found)) + ".cubin", "wb") as file:
+        file.write(compiled.asm["cubin"])
+    found.append({"ptx": compiled.asm["ptx"]})
+
+found = []
+def cut(shape):
+    return {"warps": shape[1], "ROWS": shape[0], "WARPS": shape[1], "PDL": True}
+
+made(one.project_and_mix, D=D, ORDER=2, TAPS=3, BLOCK=16, **cut(shapes.mix))
+made(one.add_product, N=D, **cut(shapes.out))
+made(one.norm_expand, D=D, **cut(shapes.fc1))
+made(one.add_product, N=4 * D, **cut(shapes.fc2))
+made(one.head, D=D, **cut(shapes.head))
+both = {"B": 4, "BATCH": 4, "D": D}
+made(few.project_and_mix, warps=1, ORDER=2, TAPS=3, BLOCK=16, WARPS=1, PDL=True, **both)
+made(few.norm_expand, N=4 * D, **both, **cut(some.fc1))
+made(few.head, **both, **cut(some.head))
+json.dump(found, sys.stdout)
+"""
+NAMES = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
+VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 24, "few fc1": 24, "few head": 24}
+"""Loads of 16 bytes that one warp needs for its vectors of 768 or 3,072, divided among the warps below."""
+WARPS = {"out": 4, "fc2": 2}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("cubins")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    # Triton reads the source of what it compiles, so that must be a file.
+    script = folder / "compile.py"
+    script.write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    tools = Path(pytest.importorskip("triton.backends.nvidia").__file__).parent / "bin"
+    for number, kernel in enumerate(found):
+        usage = [str(tools / "cuobjdump"), "-res-usage", str(folder / f"{number}.cubin")]
+        shown = subprocess.run(usage, capture_output=True, text=True, check=False)
+        kernel["usage"] = shown.stdout + shown.stderr
+    return dict(zip(NAMES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_spills_nothing_and_loads_its_vector_once(kernels: dict[str, dict[str, str]], name: str) -> None:
+    kernel = kernels[name]
+    found = re.search(r"STACK:(\d+)", kernel["usage"])
+    assert found
+    assert int(found[1]) == 0
+    before, behind = kernel["ptx"].split("griddepcontrol.wait", 1)
+    loads = len(re.findall(r"ld\.global\S*\.v4", behind))
+    extra = 1 if name in ("out", "fc2") else 0  # the residual of the program's own rows
+    assert loads <= VECTOR[name] / WARPS.get(name, 1) + 0.5 + extra
+    assert "evict_first" in before
+    if name not in WARPS:
+        assert "bar.sync" not in kernel["ptx"]
