@@ -49,10 +49,8 @@ def test_parts_are_what_is_allocated(
     assert made.state == run.history.nbytes + run.pending.nbytes + logs
     assert made.filters == decoder.near.nbytes + decoder.step.diagonal.nbytes * 2
     assert made.own == sum(p.nbytes for p in model.parameters())
-    streamed = [
-        getattr(layer, name)[0] for layer in decoder.step.layers for name in ("in_proj", "out_proj", "fc1", "fc2")
-    ]
-    assert made.weights == sum(weight.nbytes for weight in [*streamed, decoder.step.head_weight])
+    streamed = [getattr(layer, name)[0] for layer in decoder.step.layers for name in ("mix", "out", "fc1", "fc2")]
+    assert made.weights == sum(weight.nbytes for weight in [*streamed, decoder.step.head[0]])
     assert made.weights > 0
 
 
