@@ -38,6 +38,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globalti
 from flash_inference.ops.decode_step.numpy import LayerWeights
 
 
+EVICTION = tl.constexpr("evict_first")
+"""What the L2 cache does with weights: "" would treat them as all else. 9 us of a step of 180 without tiles (H100)."""
+
+
 @triton.jit
 def place(k):
     """Where the vectors between kernels keep element k: of 256 neighbours the even ones first, then the odd ones."""
@@ -59,12 +63,12 @@ def stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr):
             j = c * HALF + k
             at = pairs + row[:, None].to(tl.int64) * (N // 2) + j[None, :]
             known = wanted[:, None] & (j < N // 2)[None, :]
-            piece = tl.load(at, known, 0, eviction_policy="evict_first")
+            piece = tl.load(at, known, 0, eviction_policy=EVICTION)
         else:
             j = 2 * HALF * c + k // 4 * 8 + k % 4
             at = w + row[:, None].to(tl.int64) * N + j[None, :]
-            low = tl.load(at, wanted[:, None] & (j < N)[None, :], 0.0, eviction_policy="evict_first")
-            high = tl.load(at + 4, wanted[:, None] & (j + 4 < N)[None, :], 0.0, eviction_policy="evict_first")
+            low = tl.load(at, wanted[:, None] & (j < N)[None, :], 0.0, eviction_policy=EVICTION)
+            high = tl.load(at + 4, wanted[:, None] & (j + 4 < N)[None, :], 0.0, eviction_policy=EVICTION)
             eight = tl.reshape(tl.join(low, high), (row.shape[0], HALF // 4, 4, 2))
             piece = tl.reshape(tl.permute(eight, (0, 1, 3, 2)), (row.shape[0], 2 * HALF))
         pieces = pieces + (piece,)
