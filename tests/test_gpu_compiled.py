@@ -11,12 +11,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
+FOUND = find_spec("triton")  # not imported: other tests want its interpreter, which is chosen at the import
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(FOUND is None, reason="needs Triton")]
 
 COMPILE = """
 import json, sys
@@ -78,7 +79,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    tools = Path(pytest.importorskip("triton.backends.nvidia").__file__).parent / "bin"
+    assert FOUND
+    assert FOUND.origin
+    tools = Path(FOUND.origin).parent / "backends/nvidia/bin"
     for number, kernel in enumerate(found):
         usage = [str(tools / "cuobjdump"), "-res-usage", str(folder / f"{number}.cubin")]
         shown = subprocess.run(usage, capture_output=True, text=True, check=False)

@@ -37,7 +37,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globalti
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
 
-
 EVICTION = tl.constexpr("evict_first")
 """What the L2 cache does with weights: "" would treat them as all else. 9 us of a step of 180 without tiles (H100)."""
 
