@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import triton
@@ -285,6 +285,18 @@ def head(
     tl.store(best_at + program, tl.min(tl.where(u == top, row, V), 0))
 
 
+@triton.jit
+def largest(best, best_at, b, B: tl.constexpr, programs, V, PIECES: tl.constexpr):
+    """The lowest token of row b's largest logit, from what a head for B rows kept; -2 if one is not finite."""
+    p = tl.arange(0, PIECES)
+    known = p < programs
+    u = tl.load(best + p * B + b, known, -float("inf"))
+    top = tl.max(u, 0)
+    chosen = tl.min(tl.where(known & (u == top), tl.load(best_at + p * B + b, known, V), V), 0).to(tl.int64)
+    bad = (tl.sum((u != u).to(tl.int32), 0) > 0) | (top == float("inf")) | (top == -float("inf"))
+    return tl.where(bad, -2, chosen)
+
+
 @triton.jit(do_not_specialize=["offset"])
 def choose_and_embed(
     best, best_at, token, embedding, x, centres, clock, tokens, host_tokens, stamps, offset, programs, V, step,
@@ -303,16 +315,7 @@ def choose_and_embed(
         gdc_launch_dependents()
         gdc_wait()
     base = tl.load(clock)
-    if GREEDY:
-        p = tl.arange(0, PIECES)
-        known = p < programs
-        u = tl.load(best + p, known, -float("inf"))
-        top = tl.max(u, 0)
-        chosen = tl.min(tl.where(known & (u == top), tl.load(best_at + p, known, V), V), 0).to(tl.int64)
-        bad = (tl.sum((u != u).to(tl.int32), 0) > 0) | (top == float("inf")) | (top == -float("inf"))
-        chosen = tl.where(bad, -2, chosen)
-    else:
-        chosen = tl.load(token)
+    chosen = largest(best, best_at, 0, 1, programs, V, PIECES) if GREEDY else tl.load(token)
     row = tl.where(chosen < 0, 0, chosen)
     new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
     tl.store(x + place(k), new, k < D)
@@ -343,6 +346,11 @@ def widest(layers: list[LayerWeights], head: Tensor) -> int:
     """Bytes of an element of the widest matrix that a step streams."""
     matrices = [m[0] for layer in layers for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)]
     return max(m.element_size() for m in [*matrices, head])
+
+
+def cut(shape: tuple[int, int]) -> dict[str, int]:
+    """What a launch takes of rows a program and its warps."""
+    return {"ROWS": shape[0], "WARPS": shape[1], "num_warps": shape[1]}
 
 
 @dataclass(frozen=True)
@@ -460,6 +468,8 @@ class GpuStep(Step):
     given here, so that the launches can be captured in a graph.
     """
 
+    fit: Callable[[int, int, int], Any] = Shapes.fit
+
     def __init__(
         self,
         layers: list[LayerWeights],
@@ -482,7 +492,7 @@ class GpuStep(Step):
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
         self.inner, self.pdl = layers[0].fc1[0].shape[0], pdl
-        self.shapes = shapes or Shapes.fit(self.width, self.inner, widest(layers, head_weight))
+        self.shapes: Any = shapes or self.fit(self.width, self.inner, widest(layers, head_weight))
         self.taps = layers[0].short[0].shape[0]
         self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
         self._scratch()
@@ -514,9 +524,6 @@ class GpuStep(Step):
         F, s, pdl = self.inner, self.shapes, self.pdl
         more = {"launch_pdl": True} if pdl else {}
         lanes = (self.order - 1) * D
-
-        def cut(shape: tuple[int, int]) -> dict[str, int]:
-            return {"ROWS": shape[0], "WARPS": shape[1], "num_warps": shape[1]}
 
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.

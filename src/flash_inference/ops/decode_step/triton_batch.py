@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
-from flash_inference.ops.decode_step.triton import Step, folded
+from flash_inference.ops.decode_step.triton import Layer, Step, folded, largest
 
 SHARE = 16
 """Channels whose moments the embedding writes together."""
@@ -316,16 +316,7 @@ def choose_and_embed(
         gdc_launch_dependents()
         gdc_wait()
     base = tl.load(clock + 2 + b)
-    if GREEDY:
-        p = tl.arange(0, PIECES)
-        known = p < programs
-        u = tl.load(best + p * B + b, known, -float("inf"))
-        top = tl.max(u, 0)
-        chosen = tl.min(tl.where(known & (u == top), tl.load(best_at + p * B + b, known, V), V), 0).to(tl.int64)
-        bad = (tl.sum((u != u).to(tl.int32), 0) > 0) | (top == float("inf")) | (top == -float("inf"))
-        chosen = tl.where(bad, -2, chosen)
-    else:
-        chosen = tl.load(token + b)
+    chosen = largest(best, best_at, b, B, programs, V, PIECES) if GREEDY else tl.load(token + b)
     row = tl.where(chosen < 0, 0, chosen)
     new = tl.load(embedding + row * D + place, place < D, 0.0).to(tl.float32)
     mean = tl.sum(tl.sum(new, 1), 0) / D
@@ -397,15 +388,9 @@ class BatchShapes:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """The tensors of one block as these kernels take them: a LayerNorm and W as (W, bias + W beta, W gamma)."""
+class _Layer(Layer):
+    """Here gammas lie as they are, and `wide` tells which matrices tf32 cannot hold."""
 
-    gammas: tuple[Tensor, Tensor]
-    mix: tuple[Tensor, ...]
-    short: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, ...]
-    fc2: tuple[Tensor, Tensor]
     wide: tuple[bool, bool, bool, bool]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,11 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
-from flash_inference.ops.decode_step.numpy import LayerWeights
 from flash_inference.ops.decode_step.triton import (
-    Layer,
-    Step,
-    folded,
+    GpuStep,
+    cut,
+    largest,
     place,
     placed,
     rows_held,
@@ -33,7 +33,6 @@ from flash_inference.ops.decode_step.triton import (
     spread,
     stream,
     weighted,
-    widest,
 )
 
 FEW = 4
@@ -268,16 +267,7 @@ def choose_and_embed(
         gdc_launch_dependents()
         gdc_wait()
     base = tl.load(clock + 2 + b)
-    if GREEDY:
-        p = tl.arange(0, PIECES)
-        known = p < programs
-        u = tl.load(best + p * B + b, known, -float("inf"))
-        top = tl.max(u, 0)
-        chosen = tl.min(tl.where(known & (u == top), tl.load(best_at + p * B + b, known, V), V), 0).to(tl.int64)
-        bad = (tl.sum((u != u).to(tl.int32), 0) > 0) | (top == float("inf")) | (top == -float("inf"))
-        chosen = tl.where(bad, -2, chosen)
-    else:
-        chosen = tl.load(token + b)
+    chosen = largest(best, best_at, b, B, programs, V, PIECES) if GREEDY else tl.load(token + b)
     row = tl.where(chosen < 0, 0, chosen)
     new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
     tl.store(x + b * KEPT + place(k), new, k < D)
@@ -315,27 +305,17 @@ class FewShapes:
         return cls(more, (2, more), (fc1, more), (fc2, 2 * more), (rows_held(4, width * itemsize, more), more))
 
 
-class GpuFewStep(Step):
+class GpuFewStep(GpuStep):
     """Launches one position of 2 to `FEW` sequences through all layers, head and choice, on the current stream.
 
     The interface of `GpuStep`, with rows [B, D], logits [B, V], token [B], logs [rows, B] and a clock of [2 + B].
     """
 
-    def __init__(
-        self, layers: list[LayerWeights], norm: tuple[Tensor, Tensor], embedding: Tensor, head_weight: Tensor,
-        diagonal: Tensor, near: Tensor, *, batch: int, order: int, eps: float, block: int,
-        shapes: FewShapes | None = None, pdl: bool = True,
-    ) -> None:  # fmt: skip
-        self.embedding, self.batch = embedding, batch
-        self.layers = [Layer.of(layer) for layer in layers]
-        self.gamma = placed(norm[0].float())
-        self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
-        self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
-        self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
-        self.inner, self.taps, self.pdl = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0], pdl
-        self.shapes = shapes or FewShapes.fit(self.width, self.inner, widest(layers, head_weight))
-        self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
-        self._scratch()
+    fit = FewShapes.fit
+
+    def __init__(self, *parts: Any, batch: int, **settings: Any) -> None:
+        self.batch = batch
+        super().__init__(*parts, **settings)
 
     def _scratch(self) -> None:
         B, new = self.batch, self.diagonal.new_empty
@@ -361,9 +341,6 @@ class GpuFewStep(Step):
         C, lanes = history.shape[1] // B, (self.order - 1) * D
         more = {"launch_pdl": True} if pdl else {}
         common = {"B": B, "BATCH": triton.next_power_of_2(B), "D": D, "PDL": pdl}
-
-        def cut(shape: tuple[int, int]) -> dict[str, int]:
-            return {"ROWS": shape[0], "WARPS": shape[1], "num_warps": shape[1]}
 
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.
