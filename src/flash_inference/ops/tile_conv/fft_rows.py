@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_inference.errors import ShapeError
+from flash_inference.ops.tile_conv.triton import ONCE
 
 
 def pack(
@@ -182,8 +183,8 @@ def _multiply(z, rho, turns, half, V, SIZE: tl.constexpr, BATCH: tl.constexpr):
     # w O, doubled as E is
     g, h = b + d, c - a
     g, h = g * cosine - h * sine, g * sine + h * cosine
-    p, q = tl.split(tl.load(low, known, 0.0))
-    r, s = tl.split(tl.load(high, known, 0.0))
+    p, q = tl.split(tl.load(low, known, 0.0, eviction_policy=ONCE))
+    r, s = tl.split(tl.load(high, known, 0.0, eviction_policy=ONCE))
     x, y = e + g, f + h
     u, v = x * p - y * q, x * q + y * p
     x, y = e - g, h - f
@@ -209,7 +210,7 @@ def _pack(
     if ROWS:
         begun = tl.load(since + (first + lane) % ROWS)
         wanted &= (time.to(tl.int64) + position)[:, None] >= begun[None, :]
-    tile = tl.load(history + at, wanted, 0.0).to(tl.float32)
+    tile = tl.load(history + at, wanted, 0.0, eviction_policy=ONCE).to(tl.float32)
     to = lane.to(tl.int64)[:, None] * wide + time[None, :]
     tl.store(out + to, tl.trans(tile), (lane < count)[:, None] & (time < places)[None, :])
 
@@ -225,4 +226,5 @@ def _unpack_add(
     tile = tl.trans(tl.load(sums + lane.to(tl.int64)[:, None] * places + (skip + time)[None, :], known, 0.0))
     at = history + (start + time).to(tl.int64)[:, None] * C + (first + lane)[None, :]
     wanted = (time < n)[:, None] & (lane < count)[None, :]
-    tl.store(at, (tl.load(at, wanted, 0.0).to(tl.float32) + tile).to(history.dtype.element_ty), wanted)
+    stands = tl.load(at, wanted, 0.0, eviction_policy=ONCE).to(tl.float32)
+    tl.store(at, (stands + tile).to(history.dtype.element_ty), wanted, eviction_policy=ONCE)

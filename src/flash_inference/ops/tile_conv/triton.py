@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ONCE = tl.constexpr("evict_first")
+"""What the L2 cache does with a tile's state, taps and spectra, which are far more than it holds: the weights that a
+step finds there again would never come back once something of the usual policy stands in their place."""
+
 
 def tile_rows(
     history: Tensor, rho: Tensor, sources: range, targets: range, clock: Tensor, batch: int = 1
@@ -71,10 +75,13 @@ def _tile_rows(
         for w in tl.static_range(OUTS + INS - 1):
             known = inside & (low + w >= 1) & (low + w < taps)
             window = window + (
-                tl.load(rho + tl.cast(low + w, tl.int64) * (C // BATCH) + lane // BATCH, known, 0.0).to(tl.float32),
-            )
+                tl.load(
+                    rho + tl.cast(low + w, tl.int64) * (C // BATCH) + lane // BATCH, known, 0.0, eviction_policy=ONCE
+                ).to(tl.float32),
+            )  # fmt: skip
         for i in tl.static_range(INS):
-            given = tl.load(y + tl.cast(start + i, tl.int64) * C, inside & (start + i < S), 0.0).to(tl.float32)
+            at = y + tl.cast(start + i, tl.int64) * C
+            given = tl.load(at, inside & (start + i < S), 0.0, eviction_policy=ONCE).to(tl.float32)
             more = ()
             for o in tl.static_range(OUTS):
                 more = more + (sums[o] + given * window[o - i + INS - 1],)
@@ -83,7 +90,8 @@ def _tile_rows(
     for o in tl.static_range(OUTS):
         wanted = inside & (first + o < T)
         at = z + tl.cast(o, tl.int64) * C
-        tl.store(at, (tl.load(at, wanted, 0.0).to(tl.float32) + sums[o]).to(history.dtype.element_ty), wanted)
+        stands = tl.load(at, wanted, 0.0, eviction_policy=ONCE).to(tl.float32)
+        tl.store(at, (stands + sums[o]).to(history.dtype.element_ty), wanted, eviction_policy=ONCE)
 
 
 def mix_rows(
