@@ -98,10 +98,10 @@ class Pricing:
         return self.points / (1.0 if size < 32768 else 1.4)
 
     def widths(self, size: int, channels: range, batch: int = 1) -> list[range]:
-        """The channels of each chunk of a tile of that size, each for `batch` sequences; 4 transforms at least, and 8 of
-        more than 65,536 points, whose spectra are often made for each chunk.
+        """The channels of each chunk of a tile of that size, each for `batch` sequences.
 
-        Chunks begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
+        At least 4 transforms, and 8 of more than 65,536 points, whose spectra are often made for each chunk. Chunks
+        begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
         """
         points = self.target * self.rate(size)
         if self.quiet is not None and batch <= FEW:
