@@ -35,7 +35,7 @@ AHEAD = 6
 """Graphs whose tokens the host may not have seen when it launches one more."""
 PROMPTS = 2
 """Prompts of full length for which memory is left beside the rows."""
-PRICING = Pricing(target=240.0, quiet=None)
+PRICING = Pricing(target=240.0)
 """Large chunks of tiles: each costs the host five launches, and a position of many rows takes long enough for them."""
 
 

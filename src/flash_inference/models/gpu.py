@@ -336,8 +336,8 @@ class GpuDecoder:
             return
         with torch.cuda.stream(self.back):
             held = [torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)]
-            # Tensors of up to a MiB come from pages of their own.
-            held += [torch.empty(1 << 20, dtype=torch.uint8, device=self.device) for _ in range(8)]
+            # Small tensors come from pages of their own.
+            held += [torch.empty(1 << 19, dtype=torch.uint8, device=self.device) for _ in range(8)]
             del held
 
 

@@ -77,37 +77,24 @@ def _reversed(number: int, bits: int) -> int:
     return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
 
 
-FEW = 4
-"""Sequences up to which a step streams its weights so that a part of them stays in the L2 cache."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """How tiles are cut: into chunks of about `target` microseconds, at `points` (V x channels) a microsecond.
-
-    Beside a step of up to `FEW` sequences a chunk has at most `quiet` points: three arrays of 8 bytes a point are what
-    it leaves in the L2 cache, in the place of weights that such a step would find there again. None sets no such bound.
-    """
+    """How tiles are cut: into chunks of about `target` microseconds, at `points` (V x channels) a microsecond."""
 
     target: float = 60.0
     points: float = 20_000.0
-    quiet: int | None = 1 << 17
 
     def rate(self, size: int) -> float:
         """Points a microsecond; the largest transforms take more passes."""
         return self.points / (1.0 if size < 32768 else 1.4)
 
     def widths(self, size: int, channels: range, batch: int = 1) -> list[range]:
-        """The channels of each chunk of a tile of that size, each for `batch` sequences.
+        """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least.
 
-        At least 4 transforms, and 8 of more than 65,536 points, whose spectra are often made for each chunk. Chunks
-        begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
+        Chunks begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
         """
-        points = self.target * self.rate(size)
-        if self.quiet is not None and batch <= FEW:
-            points = min(points, self.quiet)
-        width = max(4 if size <= 65536 else 8, int(points / size))
-        width = width // 32 * 32 if width >= 32 else width // 4 * 4
+        width = max(8, int(self.target * self.rate(size) / size))
+        width = width // 32 * 32 if width >= 32 else width // 8 * 8
         width = -(-width // batch)
         width += width % 2
         return [range(c, min(c + width, channels.stop)) for c in range(channels.start, channels.stop, width)]

@@ -6,8 +6,8 @@ parts. Weights that have at most 10 bits of mantissa (bfloat16, float16) are exa
 tf32 numbers, which leaves an error of 2^-21 of each term. Other weights take the three products of tf32x3.
 
 LayerNorm costs no pass of its own. Whoever writes x also writes z = gamma (x - c), with the gamma of the LayerNorm to
-come and the mean c that x had at the last one, and the sums of x - c and its square over its few channels (`moments`
-[2, B, programs]). The next kernel multiplies z and adds up the moments meanwhile: W norm(x) =
+come and the mean c that x had at the last one, and the sums and squared deviations of its few channels (`moments`
+[2, programs, B]). The next kernel multiplies z and adds up the moments meanwhile: W norm(x) =
 (W z - (mean - c) W gamma) / deviation + W beta, where W gamma and W beta are prepared. c is close to the mean, so that
 nothing cancels. `centres` [2, B] holds c in turns: the first for the LayerNorms before mixers and head, the second for
 those before MLPs.
@@ -33,16 +33,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globalti
 from flash_inference.ops.decode_step.numpy import LayerWeights
 from flash_inference.ops.decode_step.triton import Layer, Step, folded, largest
 
+SHARE = 16
+"""Channels whose moments the embedding writes together."""
+
 
 @triton.jit
 def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr):
-    """Rows of a matrix [.., N] in pieces [WARPS, ROWS, DEPTH]: every warp holds its own part of the sum."""
-    place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    """Rows of a matrix [.., N] in pieces [WARPS, DEPTH, ROWS]: every warp holds its own part of the sum."""
+    place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, :, None]
     pieces = ()
     for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
         k = c * WARPS * DEPTH + place
-        known = wanted[None, :, None] & (k < N)
-        pieces = pieces + (tl.load(w + row[None, :, None].to(tl.int64) * N + k, known, 0.0),)
+        known = wanted[None, None, :] & (k < N)
+        pieces = pieces + (tl.load(w + row[None, None, :].to(tl.int64) * N + k, known, 0.0),)
     return pieces
 
 
@@ -53,25 +56,47 @@ def _high(a):
 
 
 @triton.jit
-def _add_columns(sums, rests, w, a, WIDE: tl.constexpr):
-    """sums + w a; `rests` take what stands behind tf32, so that neither chain of products waits for the other."""
-    if WIDE:
-        return tl.dot(w, a, sums, input_precision="tf32x3"), rests
-    else:
-        high = _high(a)
-        rests = tl.dot(w, a - high, rests, input_precision="tf32")
-        return tl.dot(w, high, sums, input_precision="tf32"), rests
+def _both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def _add_rows(sums, a, w, WIDE: tl.constexpr):
-    """sums + a w. What stands behind tf32 comes first."""
-    if WIDE:
-        return tl.dot(a, w, sums, input_precision="tf32x3")
-    else:
-        high = _high(a)
-        sums = tl.dot(a - high, w, sums, input_precision="tf32")
-        return tl.dot(high, w, sums, input_precision="tf32")
+def _fetch_moments(
+    moments, centres, batch, here, WHICH: tl.constexpr, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
+    PROGRAMS: tl.constexpr
+):  # fmt: skip
+    """Sums and squared deviations [PROGRAMS, BATCH] of SHARE channels each, and c [BATCH]."""
+    programs: tl.constexpr = (D + SHARE - 1) // SHARE
+    p = tl.arange(0, PROGRAMS)[:, None]
+    at = moments + p * B + batch[None, :]
+    known = (p < programs) & here[None, :]
+    return (
+        tl.load(at, known, 0.0),
+        tl.load(at + programs * B, known, 0.0),
+        tl.load(centres + WHICH * B + batch, here, 0.0),
+    )
+
+
+@triton.jit
+def _add_moments(total, squares, centre, eps, D: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr):
+    """(mean - c, 1 / deviation) [BATCH] of all channels."""
+    programs: tl.constexpr = (D + SHARE - 1) // SHARE
+    p = tl.arange(0, PROGRAMS)[:, None]
+    count = tl.maximum(tl.minimum(D - p * SHARE, SHARE), 1).to(tl.float32)
+    apart = tl.where(p < programs, total - count * centre[None, :], 0.0)
+    apart, squares = tl.reduce((apart, squares + apart * apart / count), 0, _both)
+    shift = apart / D
+    return shift, tl.rsqrt(squares / D - shift * shift + eps)
+
+
+@triton.jit
+def _keep_moments(moments, x, both, batch, here, program, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Writes the sum and the squared deviations of a program's channels x [BATCH, ROWS]."""
+    programs: tl.constexpr = (D + ROWS - 1) // ROWS
+    total = tl.sum(x, 1)
+    apart = tl.where(both, x - (total / tl.minimum(D - program * ROWS, ROWS).to(tl.float32))[:, None], 0.0)
+    tl.store(moments + program * B + batch, total, here)
+    tl.store(moments + (programs + program) * B + batch, tl.sum(apart * apart, 1), here)
 
 
 @triton.jit
@@ -79,77 +104,41 @@ def _product(
     v, weights, N: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     DEPTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Rows in pieces times v [B, N]: [ROWS, BATCH].
-
-    A product of the tensor cores has 16 rows and 8 columns. Up to 8 sequences are the columns; more are the rows.
-    """
-    column = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    if BATCH <= 8:
-        place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, :, None]
-        inputs = ()
-        for c in tl.static_range(len(weights)):
-            k = c * WARPS * DEPTH + place
-            known = (column < B)[None, None, :] & (k < N)
-            inputs = inputs + (tl.load(v + column[None, None, :] * N + k, known, 0.0),)
-        sums = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
-        rests = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
-        for c in tl.static_range(len(weights)):
-            sums, rests = _add_columns(sums, rests, weights[c].to(tl.float32), inputs[c], WIDE)
-        return tl.sum(sums + rests, 0)
-    else:
-        place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-        sums = tl.zeros([WARPS, BATCH, ROWS], tl.float32)
-        for c in tl.static_range(len(weights)):
-            k = c * WARPS * DEPTH + place
-            known = (column < B)[None, :, None] & (k < N)
-            a = tl.load(v + column[None, :, None] * N + k, known, 0.0)
-            sums = _add_rows(sums, a, tl.trans(weights[c], 0, 2, 1).to(tl.float32), WIDE)
-        return tl.trans(tl.sum(sums, 0))
-
-
-@triton.jit
-def _both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _fetch_moments(
-    moments, centres, batch, here, WHICH: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
-):  # fmt: skip
-    """Sums of x - c and of its square [BATCH, PADDED], of PARTS parts, and c [BATCH]."""
-    p = tl.arange(0, PADDED)[None, :]
-    at = moments + batch[:, None] * PARTS + p
-    known = (p < PARTS) & here[:, None]
-    centre = tl.load(centres + WHICH * B + batch, here, 0.0)
-    return tl.load(at, known, 0.0), tl.load(at + PARTS * B, known, 0.0), centre
-
-
-@triton.jit
-def _deviation(sums, squares, eps, D: tl.constexpr):
-    """The mean of x - c and 1 / deviation [BATCH]."""
-    total, square = tl.reduce((sums, squares), 1, _both)
-    mean = total / D
-    return mean, tl.rsqrt(square / D - mean * mean + eps)
+    """v [B, N] times rows in pieces: [BATCH, ROWS]. The rest behind tf32 comes first; a NaN survives in it."""
+    column = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[None, :, None]
+    place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    sums = tl.zeros([WARPS, BATCH, ROWS], tl.float32)
+    for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
+        k = c * WARPS * DEPTH + place
+        a = tl.load(v + column * N + k, (column < B) & (k < N), 0.0)
+        w = weights[c].to(tl.float32)
+        if WIDE:
+            sums = tl.dot(a, w, sums, input_precision="tf32x3")
+        else:
+            high = _high(a)
+            sums = tl.dot(a - high, w, sums, input_precision="tf32")
+            sums = tl.dot(high, w, sums, input_precision="tf32")
+    return tl.sum(sums, 0)
 
 
 @triton.jit
 def _normed(
-    products, slope, bias, sums, squares, centre, centres, batch, here, eps, WHICH: tl.constexpr, B: tl.constexpr,
-    D: tl.constexpr,
+    products, slope, bias, total, squares, centre, centres, batch, here, eps, WHICH: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr
 ):  # fmt: skip
-    """W norm(x) + b [ROWS, BATCH] from W z; the first program tells the mean to whoever writes x next."""
-    mean, inverse = _deviation(sums, squares, eps, D)
+    """norm(x) W + b [BATCH, ROWS] from z W; the first program tells the mean to whoever writes x next."""
+    shift, inverse = _add_moments(total, squares, centre, eps, D, SHARE, PROGRAMS)
     if tl.program_id(0) == 0:
-        tl.store(centres + (1 - WHICH) * B + batch, centre + mean, here)
-    return (products - mean[None, :] * slope) * inverse[None, :] + bias
+        tl.store(centres + (1 - WHICH) * B + batch, centre + shift, here)
+    return (products - shift[:, None] * slope) * inverse[:, None] + bias
 
 
 @triton.jit(do_not_specialize=["offset", "lane"])
 def project_and_mix(
     z, moments, centres, w, b, w_gamma, short_w, short_b, pending, history, near, diagonal, clock, out, offset,
     lane, C, eps, B: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS:
-    tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, D] = x_0 z_last, as `triton.project_and_mix`; `b` holds W beta too, and `w_gamma` is W gamma.
 
@@ -164,18 +153,18 @@ def project_and_mix(
     whole = (side // ROWS <= ORDER) & (tl.program_id(0) * ROWS + side % ROWS < D)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     here = batch < B
-    every = whole[:, None] & here[None, :]
+    every = here[:, None] & whole[None, :]
     weights = _stream(w, channel, whole, D, WARPS, DEPTH)
-    bias = tl.load(b + channel, whole, 0.0)[:, None]
-    slope = tl.load(w_gamma + channel, whole, 0.0)[:, None]
+    bias = tl.load(b + channel, whole, 0.0)[None, :]
+    slope = tl.load(w_gamma + channel, whole, 0.0)[None, :]
     taps = ()
     owed = ()
     for j in tl.static_range(TAPS):
-        taps = taps + (tl.load(short_w + (TAPS - 1 - j) * W + channel, whole, 0.0)[:, None],)
+        taps = taps + (tl.load(short_w + (TAPS - 1 - j) * W + channel, whole, 0.0)[None, :],)
         if j + 1 < TAPS:
-            owed = owed + (tl.load(pending + (j * B + batch)[None, :] * W + channel[:, None], every, 0.0),)
+            owed = owed + (tl.load(pending + (j * B + batch)[:, None] * W + channel[None, :], every, 0.0),)
         else:
-            owed = owed + (tl.load(short_b + channel, whole, 0.0)[:, None],)
+            owed = owed + (tl.load(short_b + channel, whole, 0.0)[None, :],)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wanted = row < D
     both = wanted[:, None] & here[None, :]
@@ -190,25 +179,26 @@ def project_and_mix(
         at = history + ((base + past) * C + column) * B + batch[None, None, :]
         y = tl.load(at, both[None, :, :] & earlier, 0.0).to(tl.float32)
         rho = tl.load(near + (offset - past) * C + column, wanted[None, :, None] & earlier, 0.0)
-        sums = sums + (tl.load(now + o * D * B, both, 0.0).to(tl.float32) + tl.sum(y * rho, 0),)
-        own = own + (tl.load(diagonal + lane + o * D + row, wanted, 0.0)[:, None],)
+        partial = tl.load(now + o * D * B, both, 0.0).to(tl.float32) + tl.sum(y * rho, 0)
+        sums = sums + (tl.trans(partial),)
+        own = own + (tl.load(diagonal + lane + o * D + row, wanted, 0.0)[None, :],)
     if PDL:
         gdc_wait()
-    first, second, centre = _fetch_moments(moments, centres, batch, here, 0, B, PARTS, PADDED)
+    total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
     u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS, DEPTH, WIDE)
-    u = _normed(u, slope, bias, first, second, centre, centres, batch, here, eps, 0, B, D)
+    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 0, B, D, SHARE, PROGRAMS)
     for j in tl.static_range(TAPS - 1):
-        at = pending + (j * B + batch)[None, :] * W + channel[:, None]
+        at = pending + (j * B + batch)[:, None] * W + channel[None, :]
         tl.store(at, owed[j + 1] + u * taps[j + 1], every)
-    gates = tl.reshape(u * taps[0] + owed[0], (GROUPS, ROWS, BATCH))
-    group = tl.arange(0, GROUPS)[:, None, None]
-    v = tl.sum(tl.where(group == ORDER, gates, 0.0), 0)
+    gates = tl.reshape(u * taps[0] + owed[0], (BATCH, GROUPS, ROWS))
+    group = tl.arange(0, GROUPS)[None, :, None]
+    v = tl.sum(tl.where(group == ORDER, gates, 0.0), 1)
     for o in tl.static_range(ORDER - 1):
-        y = tl.sum(tl.where(group == ORDER - 1 - o, gates, 0.0), 0) * v
+        y = tl.sum(tl.where(group == ORDER - 1 - o, gates, 0.0), 1) * v
         v = sums[o] + own[o] * y
-        tl.store(now + o * D * B, y.to(history.dtype.element_ty), both)
-    gate = tl.sum(tl.where(group == 0, gates, 0.0), 0)
-    tl.store(out + batch[None, :] * D + row[:, None], gate * v, both)
+        tl.store(now + o * D * B, tl.trans(y).to(history.dtype.element_ty), both)
+    gate = tl.sum(tl.where(group == 0, gates, 0.0), 1)
+    tl.store(out + batch[:, None] * D + row[None, :], gate * v, here[:, None] & wanted[None, :])
 
 
 @triton.jit
@@ -225,30 +215,26 @@ def add_product(
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wanted = row < D
     here = batch < B
-    both = wanted[:, None] & here[None, :]
+    both = here[:, None] & wanted[None, :]
     weights = _stream(w, row, wanted, N, WARPS, DEPTH)
-    bias = tl.load(b + row, wanted, 0.0).to(tl.float32)[:, None]
-    scale = tl.load(gamma + row, wanted, 0.0)[:, None]
-    at = batch[None, :] * D + row[:, None]
+    bias = tl.load(b + row, wanted, 0.0)[None, :]
+    scale = tl.load(gamma + row, wanted, 0.0)[None, :]
+    at = batch[:, None] * D + row[None, :]
     if PDL:
         gdc_wait()
-    centre = tl.load(centres + WHICH * B + batch, here, 0.0)[None, :]
-    stands = tl.load(x + at, both, 0.0) + bias
-    new = stands + _product(v, weights, N, B, BATCH, ROWS, WARPS, DEPTH, WIDE)
+    centre = tl.load(centres + WHICH * B + batch, here, 0.0)[:, None]
+    stands = tl.load(x + at, both, 0.0)
+    new = tl.where(both, stands + bias + _product(v, weights, N, B, BATCH, ROWS, WARPS, DEPTH, WIDE), 0.0)
     tl.store(x + at, new, both)
-    apart = tl.where(both, new - centre, 0.0)
-    tl.store(z + at, scale * apart, both)
-    total, square = tl.reduce((apart, apart * apart), 0, _both)
-    PARTS: tl.constexpr = (D + ROWS - 1) // ROWS
-    tl.store(moments + batch * PARTS + program, total, here)
-    tl.store(moments + (B + batch) * PARTS + program, square, here)
+    tl.store(z + at, scale * (new - centre), both)
+    _keep_moments(moments, new, both, batch, here, program, B, D, ROWS)
 
 
 @triton.jit
 def norm_expand(
-    z, moments, centres, w, b, w_gamma, out, N, eps, B: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED:
-    tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    z, moments, centres, w, b, w_gamma, out, N, eps, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
+    PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
+    tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = gelu(norm(x) w [N, D]^T + b), the tanh form of GELU."""
     if PDL:
@@ -258,22 +244,22 @@ def norm_expand(
     wanted = row < N
     here = batch < B
     weights = _stream(w, row, wanted, D, WARPS, DEPTH)
-    bias = tl.load(b + row, wanted, 0.0)[:, None]
-    slope = tl.load(w_gamma + row, wanted, 0.0)[:, None]
+    bias = tl.load(b + row, wanted, 0.0)[None, :]
+    slope = tl.load(w_gamma + row, wanted, 0.0)[None, :]
     if PDL:
         gdc_wait()
-    first, second, centre = _fetch_moments(moments, centres, batch, here, 1, B, PARTS, PADDED)
+    total, squares, centre = _fetch_moments(moments, centres, batch, here, 1, B, D, SHARE, PROGRAMS)
     u = _product(z, weights, D, B, BATCH, ROWS, WARPS, DEPTH, WIDE)
-    u = _normed(u, slope, bias, first, second, centre, centres, batch, here, eps, 1, B, D)
+    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 1, B, D, SHARE, PROGRAMS)
     # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
     gelu = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-    tl.store(out + batch[None, :] * N + row[:, None], gelu, wanted[:, None] & here[None, :])
+    tl.store(out + batch[:, None] * N + row[None, :], gelu, here[:, None] & wanted[None, :])
 
 
 @triton.jit
 def head(
-    z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, PARTS:
-    tl.constexpr, PADDED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
+    z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, SHARE:
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
     tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """logits [B, V] = norm(x) w [V, D]^T; each program also keeps its largest logits and the lowest tokens that have
@@ -284,54 +270,47 @@ def head(
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wanted = row < V
     here = batch < B
-    both = wanted[:, None] & here[None, :]
-    bias = tl.load(b + row, wanted, 0.0)[:, None]
-    slope = tl.load(w_gamma + row, wanted, 0.0)[:, None]
+    both = here[:, None] & wanted[None, :]
+    bias = tl.load(b + row, wanted, 0.0)[None, :]
+    slope = tl.load(w_gamma + row, wanted, 0.0)[None, :]
     place = tl.arange(0, DEPTH)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    first, second, _ = _fetch_moments(moments, centres, batch, here, 0, B, PARTS, PADDED)
-    if BATCH <= 8:
-        sums = tl.zeros([ROWS, BATCH], tl.float32)
-        rests = tl.zeros([ROWS, BATCH], tl.float32)
-        for c in range((D + DEPTH - 1) // DEPTH):
-            k = c * DEPTH + place
-            y = tl.load(z + batch[None, :] * D + k[:, None], (k < D)[:, None] & here[None, :], 0.0)
-            known = wanted[:, None] & (k < D)[None, :]
-            weights = tl.load(w + row[:, None].to(tl.int64) * D + k[None, :], known, 0.0)
-            sums, rests = _add_columns(sums, rests, weights.to(tl.float32), y, WIDE)
-        products = sums + rests
-    else:
-        sums = tl.zeros([BATCH, ROWS], tl.float32)
-        for c in range((D + DEPTH - 1) // DEPTH):
-            k = c * DEPTH + place
-            y = tl.load(z + batch[:, None] * D + k[None, :], here[:, None] & (k < D)[None, :], 0.0)
-            known = wanted[None, :] & (k < D)[:, None]
-            weights = tl.load(w + row[None, :].to(tl.int64) * D + k[:, None], known, 0.0)
-            sums = _add_rows(sums, y, weights.to(tl.float32), WIDE)
-        products = tl.trans(sums)
-    mean, inverse = _deviation(first, second, eps, D)
-    u = (products - mean[None, :] * slope) * inverse[None, :] + bias
-    tl.store(logits + batch[None, :].to(tl.int64) * V + row[:, None], u, both)
-    worst = tl.sum(((u != u) & both).to(tl.int32), 0) > 0
+    total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
+    sums = tl.zeros([BATCH, ROWS], tl.float32)
+    for c in range((D + DEPTH - 1) // DEPTH):
+        k = c * DEPTH + place
+        inside = k < D
+        y = tl.load(z + batch[:, None] * D + k[None, :], here[:, None] & inside[None, :], 0.0)
+        weights = tl.load(w + row[None, :].to(tl.int64) * D + k[:, None], wanted[None, :] & inside[:, None], 0.0)
+        if WIDE:
+            sums = tl.dot(y, weights, sums, input_precision="tf32x3")
+        else:
+            high = _high(y)
+            sums = tl.dot(y - high, weights.to(tl.float32), sums, input_precision="tf32")
+            sums = tl.dot(high, weights.to(tl.float32), sums, input_precision="tf32")
+    shift, inverse = _add_moments(total, squares, centre, eps, D, SHARE, PROGRAMS)
+    u = (sums - shift[:, None] * slope) * inverse[:, None] + bias
+    tl.store(logits + batch[:, None].to(tl.int64) * V + row[None, :], u, both)
+    worst = tl.sum(((u != u) & both).to(tl.int32), 1) > 0
     u = tl.where(both & (u == u), u, -float("inf"))
-    top = tl.max(u, 0)
+    top = tl.max(u, 1)
     tl.store(best + program * B + batch, tl.where(worst, float("nan"), top), here)
-    tl.store(best_at + program * B + batch, tl.min(tl.where(u == top[None, :], row[:, None], V), 0), here)
+    tl.store(best_at + program * B + batch, tl.min(tl.where(u == top[:, None], row[None, :], V), 1), here)
 
 
 @triton.jit(do_not_specialize=["offset"])
 def choose_and_embed(
     best, best_at, token, embedding, gamma, x, z, moments, centres, clock, tokens, host_tokens, stamps, offset,
-    programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr,
-    LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
+    programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr, PIECES: tl.constexpr,
+    GREEDY: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
 ):  # fmt: skip
     """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B].
 
     `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on.
     """
-    k = tl.arange(0, K)
+    place = tl.arange(0, K // SHARE)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
     b = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
@@ -339,14 +318,18 @@ def choose_and_embed(
     base = tl.load(clock + 2 + b)
     chosen = largest(best, best_at, b, B, programs, V, PIECES) if GREEDY else tl.load(token + b)
     row = tl.where(chosen < 0, 0, chosen)
-    new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
-    mean = tl.sum(new, 0) / D
-    apart = tl.where(k < D, new - mean, 0.0)
+    new = tl.load(embedding + row * D + place, place < D, 0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(new, 1), 0) / D
     tl.store(centres + b, mean)
-    tl.store(x + b * D + k, new, k < D)
-    tl.store(z + b * D + k, tl.load(gamma + k, k < D, 0.0) * apart, k < D)
-    tl.store(moments + b, tl.sum(apart, 0))
-    tl.store(moments + B + b, tl.sum(apart * apart, 0))
+    tl.store(x + b * D + place, new, place < D)
+    tl.store(z + b * D + place, tl.load(gamma + place, place < D, 0.0) * (new - mean), place < D)
+    shares: tl.constexpr = (D + SHARE - 1) // SHARE
+    share = tl.arange(0, K // SHARE)
+    total = tl.sum(new, 1)
+    count = tl.maximum(tl.minimum(D - share * SHARE, SHARE), 1).to(tl.float32)
+    apart = tl.where(place < D, new - (total / count)[:, None], 0.0)
+    tl.store(moments + share * B + b, total, share < shares)
+    tl.store(moments + (shares + share) * B + b, tl.sum(apart * apart, 1), share < shares)
     tl.store(token + b, row)
     tl.store(tokens + (base + offset) * B + b, chosen)
     tl.store(host_tokens + (base + offset) * B + b, chosen)
@@ -399,7 +382,7 @@ class BatchShapes:
                 fc2=BatchShape(16, 8, 64), head=BatchShape(128, 4, 64), batch=16, head_batch=32,
             )  # fmt: skip
         return cls(
-            mix=BatchShape(4, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(16, 4, 64, registers=168),
+            mix=BatchShape(4, 4, 32), out=BatchShape(16, 8, 32), fc1=BatchShape(16, 4, 64, registers=168),
             fc2=BatchShape(16, 8, 64), head=BatchShape(32, 2, 64), batch=8, head_batch=8,
         )  # fmt: skip
 
@@ -445,18 +428,20 @@ class GpuBatchStep(Step):
         self.x, self.z, self.mixed = (new(B, self.width) for _ in range(3))
         self.hidden, self.centres = new(B, self.inner), new(2, B)
         self.logits, self.best = new(B, self.vocab), new(self.programs, B)
-        self.moments = new(2 * triton.cdiv(self.width, min(self.shapes.out.rows, self.shapes.fc2.rows)) * B)
+        shares = triton.cdiv(self.width, min(SHARE, self.shapes.out.rows, self.shapes.fc2.rows))
+        self.moments = new(2 * shares * B)
         self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
         self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
 
     def start(self, rows: Tensor) -> None:
         """Puts embeddings [B, D] where the next position reads them."""
-        rows = rows.float()
-        apart = rows - rows.mean(1, keepdim=True)
+        D, rows = self.width, rows.float()
         self.x.copy_(rows)
         self.centres[0] = rows.mean(1)
-        self.z.copy_(self.layers[0].gammas[0] * apart)
-        self.moments[: 2 * self.batch] = torch.cat([apart.sum(1), apart.square().sum(1)])
+        self.z.copy_(self.layers[0].gammas[0] * (rows - rows.mean(1, keepdim=True)))
+        both = self.moments[: 2 * triton.cdiv(D, SHARE) * self.batch].view(2, -1, self.batch)
+        for number, some in enumerate(rows.split(SHARE, dim=1)):
+            both[0, number], both[1, number] = some.sum(1), (some - some.mean(1, keepdim=True)).square().sum(1)
 
     def forward(
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
@@ -469,11 +454,11 @@ class GpuBatchStep(Step):
         columns = triton.cdiv(B, tile)
 
         def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
-            fixed = {"B": B, "D": D, "BATCH": tile, "WIDE": wide, "PDL": pdl}
-            return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth, **shape.options}
+            fixed = {"BATCH": tile, "WIDE": wide, "PDL": pdl, **shape.options}
+            return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth}
 
-        def parts(count: int) -> dict[str, int]:
-            return {"PARTS": count, "PADDED": int(triton.next_power_of_2(count))}
+        def shares(share: int) -> dict[str, int]:
+            return {"SHARE": share, "PROGRAMS": int(triton.next_power_of_2(-(-D // share)))}
 
         after = [layer.gammas[0] for layer in self.layers[1:]] + [self.gamma]
         for number, layer in enumerate(self.layers):
@@ -481,28 +466,28 @@ class GpuBatchStep(Step):
             early = more if number or offset else {}
             project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
                 self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
-                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order,
+                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, B=B, D=D, ORDER=self.order,
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **parts(triton.cdiv(D, s.fc2.rows) if number else 1), **settings(s.mix, layer.wide[0]), **early,
+                **shares(s.fc2.rows if number else SHARE), **settings(s.mix, layer.wide[0]), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
             add_product[(triton.cdiv(D, s.out.rows), columns)](
-                self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D, WHICH=1,
-                **settings(s.out, layer.wide[1]), **more,
+                self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, B=B, D=D, N=D,
+                WHICH=1, **settings(s.out, layer.wide[1]), **more,
             )  # fmt: skip
             norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
-                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps,
-                **parts(triton.cdiv(D, s.out.rows)), **settings(s.fc1, layer.wide[2]), **more,
+                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, B=B, D=D, **shares(s.out.rows),
+                **settings(s.fc1, layer.wide[2]), **more,
             )  # fmt: skip
             add_product[(triton.cdiv(D, s.fc2.rows), columns)](
-                self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, N=F, WHICH=0,
-                **settings(s.fc2, layer.wide[3]), **more,
+                self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, B=B, D=D, N=F,
+                WHICH=0, **settings(s.fc2, layer.wide[3]), **more,
             )  # fmt: skip
         head[(self.programs, triton.cdiv(B, s.head_batch))](
             self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
             D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=_wide(self.head[0]), PDL=pdl,
-            **parts(triton.cdiv(D, s.fc2.rows)), **s.head.options, **more,
+            **s.head.options, **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
     def embed(
@@ -510,10 +495,11 @@ class GpuBatchStep(Step):
         greedy: bool, pdl: bool,
     ) -> None:  # fmt: skip
         """Chooses every row's token, or takes those drawn, and embeds them."""
+        D = self.width
         choose_and_embed[(self.batch,)](
             self.best, self.best_at, self.token, self.embedding, self.layers[0].gammas[0], self.x, self.z,
             self.moments, self.centres, clock, tokens, host_tokens, stamps, offset, self.programs, self.vocab,
-            self.block, B=self.batch, D=self.width, K=triton.next_power_of_2(self.width),
+            self.block, B=self.batch, D=D, K=max(SHARE, triton.next_power_of_2(D)), SHARE=SHARE,
             PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
             num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
