@@ -25,12 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flash_inference.ops.decode_step import triton as one, triton_few as few
+from flash_inference.ops.decode_step import triton_batch as many, triton_eight as eight
 
 D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
 NUMBERS = ("offset", "lane", "C", "N", "V", "D")
 shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
 
-def made(kernel, warps, **constants):
+def made(kernel, warps, registers=None, **constants):
     kinds = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32" if name in NUMBERS else "*fp32")
         for name in kernel.arg_names
@@ -40,7 +41,7 @@ def made(kernel, warps, **constants):
         for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ("N", "D", "C")
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
+    options = {"num_warps": warps, "launch_pdl": True} | ({"maxnreg": registers} if registers else {})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with open(sys.argv[1] + "/" + str(len(found)) + ".cubin", "wb") as file:
         file.write(compiled.asm["cubin"])
@@ -59,9 +60,22 @@ both = {"B": 4, "BATCH": 4, "D": D}
 made(few.project_and_mix, warps=1, ORDER=2, TAPS=3, BLOCK=16, WARPS=1, PDL=True, **both)
 made(few.norm_expand, N=4 * D, **both, **cut(some.fc1))
 made(few.head, **both, **cut(some.head))
+for module, batch in ((eight, 8), (many, 32)):
+    tiles = many.BatchShapes.fit(batch)
+    extra = {"PARTS": 48, "PADDED": 64} if module is eight else {"SHARE": 16, "PROGRAMS": 64}
+    def batched(kernel, shape, **constants):
+        fixed = {"B": batch, "D": D, "BATCH": tiles.batch, "ROWS": shape.rows, "DEPTH": shape.depth, "WIDE": False}
+        made(kernel, shape.warps, shape.registers, **fixed, PDL=True, **constants)
+    warps = lambda shape: {"WARPS": shape.warps}
+    batched(module.norm_expand, tiles.fc1, **warps(tiles.fc1), **extra)
+    batched(module.add_product, tiles.fc2, N=4 * D, WHICH=0, **warps(tiles.fc2))
+    if module is eight:
+        batched(eight.project_and_mix, tiles.mix, ORDER=2, GROUPS=4, TAPS=3, BLOCK=16, **warps(tiles.mix), **extra)
+        batched(eight.add_product, tiles.out, N=D, WHICH=1, **warps(tiles.out))
 json.dump(found, sys.stdout)
 """
-NAMES = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
+VECTORS = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
+BATCHES = ("eight fc1", "eight fc2", "eight mix", "eight out", "many fc1", "many fc2")
 VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 24, "few fc1": 24, "few head": 24}
 """Loads of 16 bytes that one warp needs for its vectors of 768 or 3,072, divided among the warps below."""
 WARPS = {"out": 4, "fc2": 2}
@@ -86,15 +100,19 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         usage = [str(tools / "cuobjdump"), "-res-usage", str(folder / f"{number}.cubin")]
         shown = subprocess.run(usage, capture_output=True, text=True, check=False)
         kernel["usage"] = shown.stdout + shown.stderr
-    return dict(zip(NAMES, found, strict=True))
+    return dict(zip(VECTORS + BATCHES, found, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_spills_nothing_and_loads_its_vector_once(kernels: dict[str, dict[str, str]], name: str) -> None:
-    kernel = kernels[name]
-    found = re.search(r"STACK:(\d+)", kernel["usage"])
+@pytest.mark.parametrize("name", VECTORS + BATCHES)
+def test_a_kernel_spills_nothing(kernels: dict[str, dict[str, str]], name: str) -> None:
+    found = re.search(r"STACK:(\d+)", kernels[name]["usage"])
     assert found
     assert int(found[1]) == 0
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_kernel_loads_its_vector_once(kernels: dict[str, dict[str, str]], name: str) -> None:
+    kernel = kernels[name]
     before, behind = kernel["ptx"].split("griddepcontrol.wait", 1)
     loads = len(re.findall(r"ld\.global\S*\.v4", behind))
     extra = 1 if name in ("out", "fc2") else 0  # the residual of the program's own rows
@@ -102,3 +120,8 @@ def test_a_kernel_spills_nothing_and_loads_its_vector_once(kernels: dict[str, di
     assert "evict_first" in before
     if name not in WARPS:
         assert "bar.sync" not in kernel["ptx"]
+
+
+def test_columns_take_half_of_the_products(kernels: dict[str, dict[str, str]]) -> None:
+    """16 x 8 x 8 a time: 16 rows of weights, 768 inputs in four warps, two parts of each activation."""
+    assert len(re.findall(r"mma\.sync", kernels["eight fc1"]["ptx"])) == 768 // 4 // 8 * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -28,6 +29,7 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, gpu_decoder  # noqa: E
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
+from flash_inference.ops.decode_step.triton_eight import GpuEightStep  # noqa: E402
 from flash_inference.ops.decode_step.triton_few import FEW as FEW_ROWS  # noqa: E402
 from flash_inference.ops.decode_step.triton_few import FewShapes, GpuFewStep  # noqa: E402
 from flash_inference.ops.noise import exponential, stream  # noqa: E402
@@ -662,6 +664,8 @@ def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
 NARROW = BatchShape(16, 2, 16)
 WIDE = BatchShape(32, 2, 16, registers=168)
 SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE, batch=4, head_batch=4)
+TALL = replace(SMALL, batch=16, head_batch=16)
+STEPS = {"few": (None, GpuFewStep), "eight": (SMALL, GpuEightStep), "many": (TALL, GpuBatchStep)}
 
 
 def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
@@ -672,17 +676,18 @@ def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
+@pytest.mark.parametrize("name", list(STEPS))
 @pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("order", "width", "batch"), [(2, 10, 3), pytest.param(3, 20, 5, marks=slow)])
-def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool, few: bool) -> None:
-    width, batch = (width // 2, min(batch, FEW_ROWS)) if few else (width, batch)
+def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool, name: str) -> None:
+    shapes, kind = STEPS[name]
+    width, batch = (width, batch) if shapes else (width // 2, min(batch, FEW_ROWS))
     model = random_model(order, vocab_size=29, width=width, layers=2, length=40)
     model = exact_in_bfloat16(model) if short else model
-    decoder = GpuDecoder(model, 40, near=16, batch=batch, batch_shapes=None if few else SMALL)
+    decoder = GpuDecoder(model, 40, near=16, batch=batch, batch_shapes=shapes)
     tokens = torch.randint(29, (batch, 8))
     loop = GpuLoop(decoder, tokens[:, :3], 8)
-    assert isinstance(loop.step, GpuFewStep if few else GpuBatchStep)
+    assert type(loop.step) is kind
     exact = exact_model(model)(tokens)
     for place in range(3, 8):
         logits = loop.advance(tokens[:, place])
@@ -748,12 +753,12 @@ def test_a_batch_whose_squares_run_on_tensor_cores(monkeypatch: pytest.MonkeyPat
         check_greedy(model, prompt, tokens, 4)
 
 
-@pytest.mark.parametrize("shapes", [None, SMALL], ids=["few", "many"])
+@pytest.mark.parametrize("name", list(STEPS))
 @pytest.mark.parametrize("value", [NAN, math.inf])
-def test_a_row_that_stops_being_finite_is_named(value: float, shapes: BatchShapes | None) -> None:
+def test_a_row_that_stops_being_finite_is_named(value: float, name: str) -> None:
     model = random_model(2, vocab_size=20, width=4, layers=1, length=40)
     prompts = torch.randint(1, 20, (2, 3))
-    decoder = GpuDecoder(model, 40, near=16, batch=2, batch_shapes=shapes)
+    decoder = GpuDecoder(model, 40, near=16, batch=2, batch_shapes=STEPS[name][0])
     loop = GpuLoop(decoder, prompts, 6)
     loop.step.start(torch.stack([torch.randn(4), torch.full((4,), value)]))
     with pytest.raises(NumericsError, match="row 1"):

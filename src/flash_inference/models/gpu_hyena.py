@@ -14,6 +14,7 @@ from flash_inference.models.gpu_memory import fits_bfloat16
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
+from flash_inference.ops.decode_step.triton_eight import EIGHT, GpuEightStep
 from flash_inference.ops.decode_step.triton_few import FEW, GpuFewStep
 
 if TYPE_CHECKING:
@@ -40,15 +41,19 @@ class HyenaSteps:
         parts = layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), diagonal, near
         settings = {"order": config.order, "eps": config.norm_eps, "block": block, "pdl": pdl}
         self._one = partial(GpuStep, *parts, shapes=shapes, **settings)
-        self._few, self._several = partial(GpuFewStep, *parts, **settings), partial(GpuBatchStep, *parts, **settings)
+        self._few, self._eight, self._several = (
+            partial(kind, *parts, **settings) for kind in (GpuFewStep, GpuEightStep, GpuBatchStep)
+        )
 
     def make(self, batch: int, shapes: BatchShapes | None) -> GpuStep | GpuFewStep | GpuBatchStep:
         """The kernels for one sequence, for a few, or for a batch of them, which given shapes ask for."""
         if batch == 1:
             return self._one()
-        if batch <= FEW and not shapes and not self.batch_shapes:
+        shapes = shapes or self.batch_shapes
+        if batch <= FEW and not shapes:
             return self._few(batch=batch)
-        return self._several(batch=batch, shapes=shapes or self.batch_shapes or BatchShapes.fit(batch))
+        shapes = shapes or BatchShapes.fit(batch)
+        return (self._eight if shapes.batch <= EIGHT else self._several)(batch=batch, shapes=shapes)
 
     def pending(self, batch: int, rows: int) -> Tensor:
         """Empty pasts of the short convolutions."""

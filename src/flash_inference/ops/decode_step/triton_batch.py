@@ -1,5 +1,7 @@
 """The decode step of order-N Hyena blocks for a batch on a GPU: the kernels of `triton`, as matrix-matrix products.
 
+For up to eight sequences those of `triton_eight` are faster.
+
 A program owns a few output rows for some rows of the batch. Its warps share the sum over the inputs: each holds its own
 part of the weights, fetched before the kernel waits, and multiplies it on the tensor cores; one reduction adds the
 parts. Weights that have at most 10 bits of mantissa (bfloat16, float16) are exact in tf32; activations are split in two
@@ -50,13 +52,13 @@ def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.cons
 
 
 @triton.jit
-def _high(a):
+def tf32(a):
     """a rounded to tf32. The rest, a minus that, keeps a NaN."""
     return ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _both(a, b, c, d):
+def add_pairs(a, b, c, d):
     return a + c, b + d
 
 
@@ -84,7 +86,7 @@ def _add_moments(total, squares, centre, eps, D: tl.constexpr, SHARE: tl.constex
     p = tl.arange(0, PROGRAMS)[:, None]
     count = tl.maximum(tl.minimum(D - p * SHARE, SHARE), 1).to(tl.float32)
     apart = tl.where(p < programs, total - count * centre[None, :], 0.0)
-    apart, squares = tl.reduce((apart, squares + apart * apart / count), 0, _both)
+    apart, squares = tl.reduce((apart, squares + apart * apart / count), 0, add_pairs)
     shift = apart / D
     return shift, tl.rsqrt(squares / D - shift * shift + eps)
 
@@ -115,7 +117,7 @@ def _product(
         if WIDE:
             sums = tl.dot(a, w, sums, input_precision="tf32x3")
         else:
-            high = _high(a)
+            high = tf32(a)
             sums = tl.dot(a - high, w, sums, input_precision="tf32")
             sums = tl.dot(high, w, sums, input_precision="tf32")
     return tl.sum(sums, 0)
@@ -287,7 +289,7 @@ def head(
         if WIDE:
             sums = tl.dot(y, weights, sums, input_precision="tf32x3")
         else:
-            high = _high(y)
+            high = tf32(y)
             sums = tl.dot(y - high, weights.to(tl.float32), sums, input_precision="tf32")
             sums = tl.dot(high, weights.to(tl.float32), sums, input_precision="tf32")
     shift, inverse = _add_moments(total, squares, centre, eps, D, SHARE, PROGRAMS)
@@ -382,7 +384,7 @@ class BatchShapes:
                 fc2=BatchShape(16, 8, 64), head=BatchShape(128, 4, 64), batch=16, head_batch=32,
             )  # fmt: skip
         return cls(
-            mix=BatchShape(4, 4, 32), out=BatchShape(16, 8, 32), fc1=BatchShape(16, 4, 64, registers=168),
+            mix=BatchShape(4, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(16, 4, 64, registers=168),
             fc2=BatchShape(16, 8, 64), head=BatchShape(32, 2, 64), batch=8, head_batch=8,
         )  # fmt: skip
 
@@ -416,7 +418,7 @@ class GpuBatchStep(Step):
             _Layer(
                 (layer.norm1[0].float(), layer.norm2[0].float()),
                 folded(layer.norm1, layer.in_proj), layer.short, layer.out_proj, folded(layer.norm2, layer.fc1),
-                layer.fc2, tuple(_wide(m[0]) for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)),
+                layer.fc2, tuple(is_wide(m[0]) for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)),
             )  # type: ignore[arg-type]
             for layer in layers
         ]  # fmt: skip
@@ -486,7 +488,7 @@ class GpuBatchStep(Step):
             )  # fmt: skip
         head[(self.programs, triton.cdiv(B, s.head_batch))](
             self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
-            D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=_wide(self.head[0]), PDL=pdl,
+            D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=is_wide(self.head[0]), PDL=pdl,
             **s.head.options, **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
@@ -505,5 +507,5 @@ class GpuBatchStep(Step):
         )  # fmt: skip
 
 
-def _wide(weight: Tensor) -> bool:
+def is_wide(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
