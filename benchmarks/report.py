@@ -224,13 +224,15 @@ def batch_table(rows: list[dict[str, object]]) -> str:
             f"{row['us_per_step']:.0f} | {row['median_us']:.0f} | {row['worst_us']:,.0f} | {different} | {error:.1e} |"
         )
     last = runs[-1]
+    commits = " and ".join(dict.fromkeys(str(row["commit"]) for row in runs))
     return "\n".join(
         [
             *lines,
             "",
             f"{last['layers']} layers, D = {last['width']}, {last['length']:,} tokens a row, first and last row held "
-            f"against float64. Measured at commit {last['commit']} on {last['date']}: {last['device']}, torch "
-            f"{last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by `flash-inference bench gpu_batch`.",
+            f"against float64, one row taken again with each run. Measured at {commits} on {last['date']}: "
+            f"{last['device']}, torch {last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by "
+            "`flash-inference bench gpu_batch`.",
         ]
     )
 
