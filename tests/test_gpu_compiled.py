@@ -57,12 +57,12 @@ made(one.norm_expand, D=D, **cut(shapes.fc1))
 made(one.add_product, N=4 * D, **cut(shapes.fc2))
 made(one.head, D=D, **cut(shapes.head))
 both = {"B": 4, "BATCH": 4, "D": D}
-made(few.project_and_mix, warps=1, ORDER=2, TAPS=3, BLOCK=16, WARPS=1, PDL=True, **both)
+made(few.project_and_mix, ORDER=2, TAPS=3, BLOCK=16, **both, **cut(some.mix))
 made(few.norm_expand, N=4 * D, **both, **cut(some.fc1))
 made(few.head, **both, **cut(some.head))
 for module, batch in ((eight, 8), (many, 32)):
     tiles = many.BatchShapes.fit(batch)
-    extra = {"PARTS": 48, "PADDED": 64} if module is eight else {"SHARE": 16, "PROGRAMS": 64}
+    extra = {"SHARE": 16, "PROGRAMS": 64}
     def batched(kernel, shape, **constants):
         fixed = {"B": batch, "D": D, "BATCH": tiles.batch, "ROWS": shape.rows, "DEPTH": shape.depth, "WIDE": False}
         made(kernel, shape.warps, shape.registers, **fixed, PDL=True, **constants)

@@ -36,7 +36,6 @@ from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplay
 from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
-from flash_inference.ops.decode_step.triton_few import GpuFewStep
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
@@ -46,7 +45,7 @@ from flash_inference.tiling.triangle import next_power
 if TYPE_CHECKING:
     from flash_inference.models.backbone import LanguageModel
 
-AnyStep = GpuStep | GpuFewStep | GpuBatchStep | ModuleStep
+AnyStep = GpuStep | GpuBatchStep | ModuleStep
 PIECE = 4096
 """Positions of a prompt that are read at a time where no long convolution wants them all."""
 

@@ -13,8 +13,8 @@ from flash_inference.models.fused import layer_weights
 from flash_inference.models.gpu_memory import fits_bfloat16
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
-from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
-from flash_inference.ops.decode_step.triton_eight import EIGHT, GpuEightStep
+from flash_inference.ops.decode_step.triton_batch import EIGHT, BatchShapes, GpuBatchStep
+from flash_inference.ops.decode_step.triton_eight import GpuEightStep
 from flash_inference.ops.decode_step.triton_few import FEW, GpuFewStep
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class HyenaSteps:
             partial(kind, *parts, **settings) for kind in (GpuFewStep, GpuEightStep, GpuBatchStep)
         )
 
-    def make(self, batch: int, shapes: BatchShapes | None) -> GpuStep | GpuFewStep | GpuBatchStep:
+    def make(self, batch: int, shapes: BatchShapes | None) -> GpuStep | GpuBatchStep:
         """The kernels for one sequence, for a few, or for a batch of them, which given shapes ask for."""
         if batch == 1:
             return self._one()

@@ -25,8 +25,10 @@ afterwards. `near` [BLOCK, M D] are the first taps: pairs inside an aligned bloc
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -230,6 +232,12 @@ def add_product(
 
 
 @triton.jit
+def gelu(u):
+    """The tanh form: 0.5 u (1 + tanh(a)) = u sigmoid(2 a)."""
+    return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+
+
+@triton.jit
 def norm_expand(
     x, gamma, centres, w, b, slope, out, N, eps, D: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL:
     tl.constexpr
@@ -249,8 +257,7 @@ def norm_expand(
     products = _times(weights, z)
     mean, inverse = _deviation(c, first, second, centres, eps, 1, D)
     u = (products - mean * slopes) * inverse + bias
-    # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-    tl.store(out + place(row), u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u)), wanted)
+    tl.store(out + place(row), gelu(u), wanted)
 
 
 @triton.jit
@@ -414,7 +421,16 @@ def folded(norm: tuple[Tensor, Tensor], linear: tuple[Tensor, Tensor]) -> tuple[
 class Step:
     """What every fused step on a GPU does: forks, and a position as forward, draw and embed."""
 
+    kernels: ModuleType
+    batch = 1
+    width: int
+    vocab: int
+    block: int
+    programs: int
     pdl: bool
+    embedding: Tensor
+    best: Tensor
+    best_at: Tensor
     logits: Tensor
     token: Tensor
 
@@ -442,6 +458,17 @@ class Step:
         greedy: bool, pdl: bool,
     ) -> None:  # fmt: skip
         """Chooses every row's token, or takes those drawn, and embeds them."""
+        tensors, constants = self._embedded
+        self.kernels.choose_and_embed[(self.batch,)](
+            self.best, self.best_at, self.token, self.embedding, *tensors, clock, tokens, host_tokens, stamps, offset,
+            self.programs, self.vocab, self.block, D=self.width, PIECES=triton.next_power_of_2(self.programs),
+            GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.token.is_cuda, num_warps=4, **constants,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+
+    @property
+    def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
+        """What the kernel that embeds reads and writes for the next position, and its own constants."""
         raise NotImplementedError
 
     def launch(
@@ -468,6 +495,7 @@ class GpuStep(Step):
     given here, so that the launches can be captured in a graph.
     """
 
+    kernels: ModuleType = sys.modules[__name__]
     fit: Callable[[int, int, int], Any] = Shapes.fit
 
     def __init__(
@@ -494,7 +522,7 @@ class GpuStep(Step):
         self.inner, self.pdl = layers[0].fc1[0].shape[0], pdl
         self.shapes: Any = shapes or self.fit(self.width, self.inner, widest(layers, head_weight))
         self.taps = layers[0].short[0].shape[0]
-        self.programs = triton.cdiv(self.vocab, self.shapes.head[0])
+        self.programs = int(triton.cdiv(self.vocab, self.shapes.head[0]))
         self._scratch()
 
     def _scratch(self) -> None:
@@ -516,50 +544,42 @@ class GpuStep(Step):
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
         after_mixing: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """x -> logits, the mixer rows written. history [rows, M D], pending [layers, taps - 1, (N + 1) D].
-
-        `after_mixing` is called behind the last layer's mixer row, when all inputs of the position are known.
-        """
-        D, eps, C = self.width, self.eps, history.shape[1]
-        F, s, pdl = self.inner, self.shapes, self.pdl
+        """x -> logits, the mixer rows written, as `Step.forward`."""
+        D, F, eps, s, pdl = self.width, self.inner, self.eps, self.shapes, self.pdl
+        C, lanes, kernels = history.shape[1] // self.batch, (self.order - 1) * D, self.kernels
         more = {"launch_pdl": True} if pdl else {}
-        lanes = (self.order - 1) * D
+        common = {"D": D, "PDL": pdl, **self._rows}
 
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.
             early = more if number or offset else {}
-            project_and_mix[(triton.cdiv(D, s.mix[0]),)](
+            kernels.project_and_mix[(triton.cdiv(D, s.mix[0]),)](
                 self.x, layer.gammas[0], self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
-                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, D=D, ORDER=self.order,
-                TAPS=self.taps, BLOCK=self.block, PDL=pdl, **cut(s.mix), **early,
+                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order, TAPS=self.taps,
+                BLOCK=self.block, **common, **cut(s.mix), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
-            add_product[(triton.cdiv(D, s.out[0]),)](
-                self.x, self.mixed, *layer.out, D, N=D, PDL=pdl, **cut(s.out), **more
+            kernels.add_product[(triton.cdiv(D, s.out[0]),)](
+                self.x, self.mixed, *layer.out, N=D, **common, **cut(s.out), **more
             )
-            norm_expand[(triton.cdiv(F, s.fc1[0]),)](
-                self.x, layer.gammas[1], self.centres, *layer.fc1, self.hidden, F, eps, D=D, PDL=pdl, **cut(s.fc1),
+            kernels.norm_expand[(triton.cdiv(F, s.fc1[0]),)](
+                self.x, layer.gammas[1], self.centres, *layer.fc1, self.hidden, N=F, eps=eps, **common, **cut(s.fc1),
                 **more,
             )  # fmt: skip
-            add_product[(triton.cdiv(D, s.fc2[0]),)](
-                self.x, self.hidden, *layer.fc2, D, N=F, PDL=pdl, **cut(s.fc2), **more
+            kernels.add_product[(triton.cdiv(D, s.fc2[0]),)](
+                self.x, self.hidden, *layer.fc2, N=F, **common, **cut(s.fc2), **more
             )
-        head[(self.programs,)](
-            self.x, self.gamma, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, D=D,
-            PDL=pdl, **cut(s.head), **more,
+        kernels.head[(self.programs,)](
+            self.x, self.gamma, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps,
+            **common, **cut(s.head), **more,
         )  # fmt: skip
 
-    def embed(
-        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
-        greedy: bool, pdl: bool,
-    ) -> None:  # fmt: skip
-        """Chooses the token, or takes the one drawn, and embeds it."""
-        D = self.width
-        choose_and_embed[(1,)](
-            self.best, self.best_at, self.token, self.embedding, self.x, self.centres, clock, tokens, host_tokens,
-            stamps, offset, self.programs, self.vocab, self.block, D=D, K=triton.next_power_of_2(D),
-            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
-            num_warps=4,
-            **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+    @property
+    def _rows(self) -> dict[str, int]:
+        """What kernels for several rows are told of them."""
+        return {}
+
+    @property
+    def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
+        return [self.x, self.centres], {"K": int(triton.next_power_of_2(self.width))}

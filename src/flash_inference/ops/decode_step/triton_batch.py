@@ -22,21 +22,27 @@ Activations are [B, channels] float32; `history` is time-major [rows, M D, B], `
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
-from flash_inference.ops.decode_step.triton import Layer, Step, folded, largest
+from flash_inference.ops.decode_step.triton import Layer, Step, folded, gelu, largest
+from flash_inference.ops.decode_step.triton_log import leave_token
 
 SHARE = 16
 """Channels whose moments the embedding writes together."""
+
+EIGHT = 8
+"""Sequences up to which `triton_eight` takes the columns of a tensor-core product for them."""
 
 
 @triton.jit
@@ -253,9 +259,8 @@ def norm_expand(
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 1, B, D, SHARE, PROGRAMS)
     u = _product(z, weights, D, B, BATCH, ROWS, WARPS, DEPTH, WIDE)
     u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 1, B, D, SHARE, PROGRAMS)
-    # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-    gelu = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-    tl.store(out + batch[:, None] * N + row[None, :], gelu, here[:, None] & wanted[None, :])
+    new = gelu(u)
+    tl.store(out + batch[:, None] * N + row[None, :], new, here[:, None] & wanted[None, :])
 
 
 @triton.jit
@@ -308,10 +313,7 @@ def choose_and_embed(
     programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr, PIECES: tl.constexpr,
     GREEDY: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
 ):  # fmt: skip
-    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B].
-
-    `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on.
-    """
+    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B]."""
     place = tl.arange(0, K // SHARE)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
     b = tl.program_id(0)
     if PDL:
@@ -332,17 +334,7 @@ def choose_and_embed(
     apart = tl.where(place < D, new - (total / count)[:, None], 0.0)
     tl.store(moments + share * B + b, total, share < shares)
     tl.store(moments + (shares + share) * B + b, tl.sum(apart * apart, 1), share < shares)
-    tl.store(token + b, row)
-    tl.store(tokens + (base + offset) * B + b, chosen)
-    tl.store(host_tokens + (base + offset) * B + b, chosen)
-    if LAST:
-        tl.store(clock + 2 + b, base + step)
-    if b == 0:
-        tl.store(clock + 1, base)
-        if STAMP:
-            tl.store(stamps + base + offset, globaltimer())
-        if LAST:
-            tl.store(clock, base + step)
+    leave_token(token, row, chosen, clock, tokens, host_tokens, stamps, base, offset, step, b, B, LAST, STAMP)
 
 
 class BatchShape(NamedTuple):
@@ -378,7 +370,7 @@ class BatchShapes:
     @classmethod
     def fit(cls, batch: int) -> BatchShapes:
         """For a batch of that size. Measured on an H100 at D = 768, each in the whole step: what overlaps matters."""
-        if batch > 8:
+        if batch > EIGHT:
             return cls(
                 mix=BatchShape(8, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(32, 4, 64),
                 fc2=BatchShape(16, 8, 64), head=BatchShape(128, 4, 64), batch=16, head_batch=32,
@@ -402,6 +394,8 @@ class GpuBatchStep(Step):
     The interface of `GpuStep`, with x [B, D], logits [B, V], token [B], logs [rows, B] and a clock of [2 + B].
     """
 
+    kernels: ModuleType = sys.modules[__name__]
+
     def __init__(
         self, layers: list[LayerWeights], norm: tuple[Tensor, Tensor], embedding: Tensor, head_weight: Tensor,
         diagonal: Tensor, near: Tensor, *, batch: int, order: int, eps: float, block: int,
@@ -422,7 +416,7 @@ class GpuBatchStep(Step):
             )  # type: ignore[arg-type]
             for layer in layers
         ]  # fmt: skip
-        self.programs = triton.cdiv(self.vocab, self.shapes.head.rows)
+        self.programs = int(triton.cdiv(self.vocab, self.shapes.head.rows))
         self._scratch()
 
     def _scratch(self) -> None:
@@ -434,6 +428,11 @@ class GpuBatchStep(Step):
         self.moments = new(2 * shares * B)
         self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
         self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
+
+    @property
+    def share(self) -> int:
+        """Channels whose moments the embedding writes together."""
+        return SHARE
 
     def start(self, rows: Tensor) -> None:
         """Puts embeddings [B, D] where the next position reads them."""
@@ -449,14 +448,14 @@ class GpuBatchStep(Step):
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
         after_mixing: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D]."""
+        """x -> logits, the mixer rows written, as `Step.forward`."""
         D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
-        C, lanes, tile = history.shape[1] // B, (self.order - 1) * D, s.batch
+        C, lanes, tile, kernels = history.shape[1] // B, (self.order - 1) * D, s.batch, self.kernels
         more = {"launch_pdl": True} if pdl else {}
         columns = triton.cdiv(B, tile)
 
         def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
-            fixed = {"BATCH": tile, "WIDE": wide, "PDL": pdl, **shape.options}
+            fixed = {"B": B, "D": D, "BATCH": tile, "WIDE": wide, "PDL": pdl, **shape.options}
             return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth}
 
         def shares(share: int) -> dict[str, int]:
@@ -466,45 +465,37 @@ class GpuBatchStep(Step):
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.
             early = more if number or offset else {}
-            project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
+            kernels.project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
                 self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
-                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, B=B, D=D, ORDER=self.order,
+                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order,
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **shares(s.fc2.rows if number else SHARE), **settings(s.mix, layer.wide[0]), **early,
+                **shares(s.fc2.rows if number else self.share), **settings(s.mix, layer.wide[0]), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
-            add_product[(triton.cdiv(D, s.out.rows), columns)](
-                self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, B=B, D=D, N=D,
+            kernels.add_product[(triton.cdiv(D, s.out.rows), columns)](
+                self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D,
                 WHICH=1, **settings(s.out, layer.wide[1]), **more,
             )  # fmt: skip
-            norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
-                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, B=B, D=D, **shares(s.out.rows),
+            kernels.norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
+                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, **shares(s.out.rows),
                 **settings(s.fc1, layer.wide[2]), **more,
             )  # fmt: skip
-            add_product[(triton.cdiv(D, s.fc2.rows), columns)](
-                self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, B=B, D=D, N=F,
+            kernels.add_product[(triton.cdiv(D, s.fc2.rows), columns)](
+                self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, N=F,
                 WHICH=0, **settings(s.fc2, layer.wide[3]), **more,
             )  # fmt: skip
-        head[(self.programs, triton.cdiv(B, s.head_batch))](
+        kernels.head[(self.programs, triton.cdiv(B, s.head_batch))](
             self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
             D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=is_wide(self.head[0]), PDL=pdl,
             **s.head.options, **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
-    def embed(
-        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
-        greedy: bool, pdl: bool,
-    ) -> None:  # fmt: skip
-        """Chooses every row's token, or takes those drawn, and embeds them."""
-        D = self.width
-        choose_and_embed[(self.batch,)](
-            self.best, self.best_at, self.token, self.embedding, self.layers[0].gammas[0], self.x, self.z,
-            self.moments, self.centres, clock, tokens, host_tokens, stamps, offset, self.programs, self.vocab,
-            self.block, B=self.batch, D=D, K=max(SHARE, triton.next_power_of_2(D)), SHARE=SHARE,
-            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+    @property
+    def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
+        padded = max(SHARE, int(triton.next_power_of_2(self.width)))
+        tensors = [self.layers[0].gammas[0], self.x, self.z, self.moments, self.centres]
+        return tensors, {"B": self.batch, "K": padded, "SHARE": SHARE}
 
 
 def is_wide(weight: Tensor) -> bool:

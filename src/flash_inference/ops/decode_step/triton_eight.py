@@ -16,19 +16,17 @@ Activations are [B, channels] float32; `history` is time-major [rows, M D, B], `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flash_inference.ops.decode_step.triton import largest
-from flash_inference.ops.decode_step.triton_batch import BatchShape, GpuBatchStep, add_pairs, is_wide, tf32
-
-EIGHT = 8
-"""Sequences that one product of the tensor cores holds as columns."""
+from flash_inference.ops.decode_step.triton import gelu, largest
+from flash_inference.ops.decode_step.triton_batch import GpuBatchStep, add_pairs, tf32
+from flash_inference.ops.decode_step.triton_log import leave_token
 
 
 @triton.jit
@@ -75,10 +73,12 @@ def _product(
 
 @triton.jit
 def _fetch_moments(
-    moments, centres, batch, here, WHICH: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr
+    moments, centres, batch, here, WHICH: tl.constexpr, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
+    PROGRAMS: tl.constexpr
 ):  # fmt: skip
-    """Sums of x - c and of its square [BATCH, PADDED], of PARTS parts, and c [BATCH]."""
-    p = tl.arange(0, PADDED)[None, :]
+    """Sums of x - c and of its square [BATCH, PROGRAMS] of SHARE channels each, and c [BATCH]."""
+    PARTS: tl.constexpr = (D + SHARE - 1) // SHARE
+    p = tl.arange(0, PROGRAMS)[None, :]
     at = moments + batch[:, None] * PARTS + p
     known = (p < PARTS) & here[:, None]
     centre = tl.load(centres + WHICH * B + batch, here, 0.0)
@@ -109,7 +109,7 @@ def _normed(
 def project_and_mix(
     z, moments, centres, w, b, w_gamma, short_w, short_b, pending, history, near, diagonal, clock, out, offset,
     lane, C, eps, B: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS:
+    BLOCK: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS:
     tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, D] = x_0 z_last, as `triton.project_and_mix`; `b` holds W beta too, and `w_gamma` is W gamma.
@@ -155,7 +155,7 @@ def project_and_mix(
         own = own + (tl.load(diagonal + lane + o * D + row, wanted, 0.0)[:, None],)
     if PDL:
         gdc_wait()
-    first, second, centre = _fetch_moments(moments, centres, batch, here, 0, B, PARTS, PADDED)
+    first, second, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
     u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS, DEPTH, WIDE)
     u = _normed(u, slope, bias, first, second, centre, centres, batch, here, eps, 0, B, D)
     for j in tl.static_range(TAPS - 1):
@@ -207,7 +207,7 @@ def add_product(
 
 @triton.jit
 def norm_expand(
-    z, moments, centres, w, b, w_gamma, out, N, eps, B: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED:
+    z, moments, centres, w, b, w_gamma, out, N, eps, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr, PROGRAMS:
     tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -223,18 +223,17 @@ def norm_expand(
     slope = tl.load(w_gamma + row, wanted, 0.0)[:, None]
     if PDL:
         gdc_wait()
-    first, second, centre = _fetch_moments(moments, centres, batch, here, 1, B, PARTS, PADDED)
+    first, second, centre = _fetch_moments(moments, centres, batch, here, 1, B, D, SHARE, PROGRAMS)
     u = _product(z, weights, D, B, BATCH, ROWS, WARPS, DEPTH, WIDE)
     u = _normed(u, slope, bias, first, second, centre, centres, batch, here, eps, 1, B, D)
-    # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-    gelu = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-    tl.store(out + batch[None, :] * N + row[:, None], gelu, wanted[:, None] & here[None, :])
+    new = gelu(u)
+    tl.store(out + batch[None, :] * N + row[:, None], new, wanted[:, None] & here[None, :])
 
 
 @triton.jit
 def head(
-    z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, PARTS:
-    tl.constexpr, PADDED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
+    z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, SHARE:
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
     tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """logits [B, V] = norm(x) w [V, D]^T; each program also keeps its largest logits and the lowest tokens that have
@@ -252,7 +251,7 @@ def head(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    first, second, _ = _fetch_moments(moments, centres, batch, here, 0, B, PARTS, PADDED)
+    first, second, _ = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
     sums = tl.zeros([ROWS, BATCH], tl.float32)
     rests = tl.zeros([ROWS, BATCH], tl.float32)
     for c in range((D + DEPTH - 1) // DEPTH):
@@ -277,10 +276,7 @@ def choose_and_embed(
     programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr,
     LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
 ):  # fmt: skip
-    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B].
-
-    `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on.
-    """
+    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B]."""
     k = tl.arange(0, K)
     b = tl.program_id(0)
     if PDL:
@@ -297,17 +293,7 @@ def choose_and_embed(
     tl.store(z + b * D + k, tl.load(gamma + k, k < D, 0.0) * apart, k < D)
     tl.store(moments + b, tl.sum(apart, 0))
     tl.store(moments + B + b, tl.sum(apart * apart, 0))
-    tl.store(token + b, row)
-    tl.store(tokens + (base + offset) * B + b, chosen)
-    tl.store(host_tokens + (base + offset) * B + b, chosen)
-    if LAST:
-        tl.store(clock + 2 + b, base + step)
-    if b == 0:
-        tl.store(clock + 1, base)
-        if STAMP:
-            tl.store(stamps + base + offset, globaltimer())
-        if LAST:
-            tl.store(clock, base + step)
+    leave_token(token, row, chosen, clock, tokens, host_tokens, stamps, base, offset, step, b, B, LAST, STAMP)
 
 
 class GpuEightStep(GpuBatchStep):
@@ -316,14 +302,12 @@ class GpuEightStep(GpuBatchStep):
     The interface of `GpuBatchStep`.
     """
 
-    def _scratch(self) -> None:
-        B, new = self.batch, self.diagonal.new_empty
-        self.x, self.z, self.mixed = (new(B, self.width) for _ in range(3))
-        self.hidden, self.centres = new(B, self.inner), new(2, B)
-        self.logits, self.best = new(B, self.vocab), new(self.programs, B)
-        self.moments = new(2 * triton.cdiv(self.width, min(self.shapes.out.rows, self.shapes.fc2.rows)) * B)
-        self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
-        self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
+    kernels = sys.modules[__name__]
+
+    @property
+    def share(self) -> int:
+        """The embedding writes the moments of all channels together."""
+        return self.width
 
     def start(self, rows: Tensor) -> None:
         """Puts embeddings [B, D] where the next position reads them."""
@@ -334,62 +318,6 @@ class GpuEightStep(GpuBatchStep):
         self.z.copy_(self.layers[0].gammas[0] * apart)
         self.moments[: 2 * self.batch] = torch.cat([apart.sum(1), apart.square().sum(1)])
 
-    def forward(
-        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D]."""
-        D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
-        C, lanes, tile = history.shape[1] // B, (self.order - 1) * D, s.batch
-        more = {"launch_pdl": True} if pdl else {}
-        columns = triton.cdiv(B, tile)
-
-        def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
-            fixed = {"B": B, "D": D, "BATCH": tile, "WIDE": wide, "PDL": pdl}
-            return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth, **shape.options}
-
-        def parts(count: int) -> dict[str, int]:
-            return {"PARTS": count, "PADDED": int(triton.next_power_of_2(count))}
-
-        after = [layer.gammas[0] for layer in self.layers[1:]] + [self.gamma]
-        for number, layer in enumerate(self.layers):
-            # The clock moved at the end of the last block: its reader starts after that.
-            early = more if number or offset else {}
-            project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
-                self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
-                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order,
-                GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **parts(triton.cdiv(D, s.fc2.rows) if number else 1), **settings(s.mix, layer.wide[0]), **early,
-            )  # fmt: skip
-            if number + 1 == len(self.layers) and after_mixing is not None:
-                after_mixing()
-            add_product[(triton.cdiv(D, s.out.rows), columns)](
-                self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D, WHICH=1,
-                **settings(s.out, layer.wide[1]), **more,
-            )  # fmt: skip
-            norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
-                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps,
-                **parts(triton.cdiv(D, s.out.rows)), **settings(s.fc1, layer.wide[2]), **more,
-            )  # fmt: skip
-            add_product[(triton.cdiv(D, s.fc2.rows), columns)](
-                self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, N=F, WHICH=0,
-                **settings(s.fc2, layer.wide[3]), **more,
-            )  # fmt: skip
-        head[(self.programs, triton.cdiv(B, s.head_batch))](
-            self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
-            D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=is_wide(self.head[0]), PDL=pdl,
-            **parts(triton.cdiv(D, s.fc2.rows)), **s.head.options, **more,
-        )  # fmt: skip
-
-    def embed(
-        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
-        greedy: bool, pdl: bool,
-    ) -> None:  # fmt: skip
-        """Chooses every row's token, or takes those drawn, and embeds them."""
-        choose_and_embed[(self.batch,)](
-            self.best, self.best_at, self.token, self.embedding, self.layers[0].gammas[0], self.x, self.z,
-            self.moments, self.centres, clock, tokens, host_tokens, stamps, offset, self.programs, self.vocab,
-            self.block, B=self.batch, D=self.width, K=triton.next_power_of_2(self.width),
-            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+    @property
+    def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
+        return super()._embedded[0], {"B": self.batch, "K": int(triton.next_power_of_2(self.width))}

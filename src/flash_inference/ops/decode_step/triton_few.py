@@ -12,7 +12,7 @@ x, and what goes from kernel to kernel, is [B, channels] float32, each row as `t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flash_inference.ops.decode_step.triton import (
     GpuStep,
-    cut,
+    gelu,
     largest,
     place,
     placed,
@@ -34,10 +34,11 @@ from flash_inference.ops.decode_step.triton import (
     stream,
     weighted,
 )
+from flash_inference.ops.decode_step.triton_log import leave_token
 
 FEW = 4
 """Up to so many rows this is faster than tensor cores: 224 us instead of 325 for 2, 306 instead of 330 for 4, and 481
-instead of 347 for 8 (H100, 18 layers, D = 768)."""
+where `triton_eight` takes 318 for 8 (H100, 18 layers, D = 768)."""
 
 
 @triton.jit
@@ -108,9 +109,10 @@ def _scalars(v, first, last, ROWS: tl.constexpr):
 def project_and_mix(
     x, gamma, centres, w, b, slope, short_w, short_b, pending, history, near, diagonal, clock, out, offset, lane, C,
     eps, B: tl.constexpr, BATCH: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, TAPS: tl.constexpr, BLOCK:
-    tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, D] = x_0 z_last, as `triton.project_and_mix`, for one channel."""
+    tl.static_assert(ROWS == 1)
     if PDL:
         gdc_launch_dependents()
     W: tl.constexpr = (ORDER + 1) * D
@@ -209,10 +211,8 @@ def norm_expand(
         gdc_wait()
     found = _normed(x, scale, centres, weights, slopes, biases, batch, eps, 1, B, BATCH, D, WARPS)
     for r in tl.static_range(ROWS):
-        u = found[r]
-        # 0.5 u (1 + tanh(a)) = u sigmoid(2 a)
-        gelu = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-        tl.store(out + batch * KEPT + place(first + r), gelu, (batch < B) & (first + r < N))
+        new = gelu(found[r])
+        tl.store(out + batch * KEPT + place(first + r), new, (batch < B) & (first + r < N))
 
 
 @triton.jit
@@ -256,10 +256,7 @@ def choose_and_embed(
     tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr, LAST: tl.constexpr,
     PDL: tl.constexpr, STAMP: tl.constexpr,
 ):  # fmt: skip
-    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B].
-
-    `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on.
-    """
+    """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B]."""
     KEPT: tl.constexpr = (D + 255) // 256 * 256
     k = tl.arange(0, K)
     b = tl.program_id(0)
@@ -272,24 +269,14 @@ def choose_and_embed(
     new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
     tl.store(x + b * KEPT + place(k), new, k < D)
     tl.store(centres + b, tl.sum(new, 0) / D)
-    tl.store(token + b, row)
-    tl.store(tokens + (base + offset) * B + b, chosen)
-    tl.store(host_tokens + (base + offset) * B + b, chosen)
-    if LAST:
-        tl.store(clock + 2 + b, base + step)
-    if b == 0:
-        tl.store(clock + 1, base)
-        if STAMP:
-            tl.store(stamps + base + offset, globaltimer())
-        if LAST:
-            tl.store(clock, base + step)
+    leave_token(token, row, chosen, clock, tokens, host_tokens, stamps, base, offset, step, b, B, LAST, STAMP)
 
 
 @dataclass(frozen=True)
 class FewShapes:
     """Output rows a program and its warps, of every kernel; `mix` has one channel. Measured on an H100 at D = 768."""
 
-    mix: int = 1
+    mix: tuple[int, int] = (1, 1)
     out: tuple[int, int] = (2, 1)
     fc1: tuple[int, int] = (4, 1)
     fc2: tuple[int, int] = (2, 2)
@@ -302,7 +289,7 @@ class FewShapes:
             return cls(out=(1, 1), fc1=(2, 1), fc2=(1, 1))
         more = min(triton.next_power_of_2(triton.cdiv(width, 1024)), 8)
         fc1, fc2 = rows_held(4, width * itemsize, more), rows_held(2, inner * itemsize, 2 * more)
-        return cls(more, (2, more), (fc1, more), (fc2, 2 * more), (rows_held(4, width * itemsize, more), more))
+        return cls((1, more), (2, more), (fc1, more), (fc2, 2 * more), (rows_held(4, width * itemsize, more), more))
 
 
 class GpuFewStep(GpuStep):
@@ -311,11 +298,20 @@ class GpuFewStep(GpuStep):
     The interface of `GpuStep`, with rows [B, D], logits [B, V], token [B], logs [rows, B] and a clock of [2 + B].
     """
 
-    fit = FewShapes.fit
+    kernels, fit = sys.modules[__name__], FewShapes.fit
 
     def __init__(self, *parts: Any, batch: int, **settings: Any) -> None:
         self.batch = batch
         super().__init__(*parts, **settings)
+
+    @property
+    def _rows(self) -> dict[str, int]:
+        return {"B": self.batch, "BATCH": int(triton.next_power_of_2(self.batch))}
+
+    @property
+    def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
+        tensors, constants = super()._embedded
+        return tensors, {**constants, "B": self.batch}
 
     def _scratch(self) -> None:
         B, new = self.batch, self.diagonal.new_empty
@@ -331,50 +327,3 @@ class GpuFewStep(GpuStep):
         rows = rows.float()
         self.x.copy_(torch.stack([placed(row) for row in rows]))
         self.centres[0] = rows.mean(1)
-
-    def forward(
-        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D]."""
-        D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
-        C, lanes = history.shape[1] // B, (self.order - 1) * D
-        more = {"launch_pdl": True} if pdl else {}
-        common = {"B": B, "BATCH": triton.next_power_of_2(B), "D": D, "PDL": pdl}
-
-        for number, layer in enumerate(self.layers):
-            # The clock moved at the end of the last block: its reader starts after that.
-            early = more if number or offset else {}
-            project_and_mix[(D,)](
-                self.x, layer.gammas[0], self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
-                self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order, TAPS=self.taps,
-                BLOCK=self.block, WARPS=s.mix, num_warps=s.mix, **common, **early,
-            )  # fmt: skip
-            if number + 1 == len(self.layers) and after_mixing is not None:
-                after_mixing()
-            add_product[(triton.cdiv(D, s.out[0]),)](
-                self.x, self.mixed, *layer.out, N=D, **common, **cut(s.out), **more
-            )
-            norm_expand[(triton.cdiv(F, s.fc1[0]),)](
-                self.x, layer.gammas[1], self.centres, *layer.fc1, self.hidden, eps, N=F, **common, **cut(s.fc1), **more
-            )
-            add_product[(triton.cdiv(D, s.fc2[0]),)](
-                self.x, self.hidden, *layer.fc2, N=F, **common, **cut(s.fc2), **more
-            )
-        head[(self.programs,)](
-            self.x, self.gamma, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps,
-            **common, **cut(s.head), **more,
-        )  # fmt: skip
-
-    def embed(
-        self, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor, offset: int, *, last: bool,
-        greedy: bool, pdl: bool,
-    ) -> None:  # fmt: skip
-        """Chooses every row's token, or takes those drawn, and embeds them."""
-        D = self.width
-        choose_and_embed[(self.batch,)](
-            self.best, self.best_at, self.token, self.embedding, self.x, self.centres, clock, tokens, host_tokens,
-            stamps, offset, self.programs, self.vocab, self.block, B=self.batch, D=D, K=triton.next_power_of_2(D),
-            PIECES=triton.next_power_of_2(self.programs), GREEDY=greedy, LAST=last, PDL=pdl, STAMP=self.x.is_cuda,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip

@@ -44,3 +44,26 @@ def _log_tokens(
         tl.store(stamps + base + offset, globaltimer())
     tl.store(clock, base + step)
     tl.store(clock + 1, base)
+
+
+@triton.jit
+def leave_token(
+    token, row, chosen, clock, tokens, host_tokens, stamps, base, offset, step, b, B: tl.constexpr, LAST: tl.constexpr,
+    STAMP: tl.constexpr,
+):  # fmt: skip
+    """As `log_tokens`, for row b of B in a program of its own, where `row` goes on in the place of what was `chosen`.
+
+    `clock` [2 + B] holds a clock for every row behind the common pair: programs must not read what another moves on,
+    which LAST does.
+    """
+    tl.store(token + b, row)
+    tl.store(tokens + (base + offset) * B + b, chosen)
+    tl.store(host_tokens + (base + offset) * B + b, chosen)
+    if LAST:
+        tl.store(clock + 2 + b, base + step)
+    if b == 0:
+        tl.store(clock + 1, base)
+        if STAMP:
+            tl.store(stamps + base + offset, globaltimer())
+        if LAST:
+            tl.store(clock, base + step)
