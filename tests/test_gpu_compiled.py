@@ -26,9 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flash_inference.ops.decode_step import triton as one, triton_few as few
 from flash_inference.ops.decode_step import triton_batch as many, triton_eight as eight
+from flash_inference.ops.tile_conv import fft_rows as fft, triton as tile
 
 D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
-NUMBERS = ("offset", "lane", "C", "N", "V", "D")
+NUMBERS = ("offset", "lane", "C", "N", "V", "D", "source", "target", "S", "T", "taps", "start", "n", "position")
+NUMBERS += ("first", "count", "places", "wide", "skip")
 shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
 
 def made(kernel, warps, registers=None, **constants):
@@ -69,13 +71,19 @@ for module, batch in ((eight, 8), (many, 32)):
     warps = lambda shape: {"WARPS": shape.warps}
     batched(module.norm_expand, tiles.fc1, **warps(tiles.fc1), **extra)
     batched(module.add_product, tiles.fc2, N=4 * D, WHICH=0, **warps(tiles.fc2))
+    batched(module.add_product, tiles.out, N=D, WHICH=1, **warps(tiles.out))
     if module is eight:
         batched(eight.project_and_mix, tiles.mix, ORDER=2, GROUPS=4, TAPS=3, BLOCK=16, **warps(tiles.mix), **extra)
-        batched(eight.add_product, tiles.out, N=D, WHICH=1, **warps(tiles.out))
+outs, ins, lanes = tile.shape_for(64)
+made(tile._tile_rows, lanes // 32, OUTS=outs, INS=ins, LANES=lanes, TURNS=4, BATCH=1)
+made(fft._pack, 8, SIDE=64, UNIT=4, ROWS=0)
+made(fft._unpack_add, 8, SIDE=64, UNIT=4)
 json.dump(found, sys.stdout)
 """
 VECTORS = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
-BATCHES = ("eight fc1", "eight fc2", "eight mix", "eight out", "many fc1", "many fc2")
+BATCHES = ("eight fc1", "eight fc2", "eight out", "eight mix", "many fc1", "many fc2", "many out")
+"""Without the projection of 32 rows, of which a thread spills 192 bytes."""
+TILES = ("tile", "pack", "unpack")
 VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 24, "few fc1": 24, "few head": 24}
 """Loads of 16 bytes that one warp needs for its vectors of 768 or 3,072, divided among the warps below."""
 WARPS = {"out": 4, "fc2": 2}
@@ -100,7 +108,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         usage = [str(tools / "cuobjdump"), "-res-usage", str(folder / f"{number}.cubin")]
         shown = subprocess.run(usage, capture_output=True, text=True, check=False)
         kernel["usage"] = shown.stdout + shown.stderr
-    return dict(zip(VECTORS + BATCHES, found, strict=True))
+    return dict(zip((*VECTORS, *BATCHES, *TILES), found, strict=True))
 
 
 @pytest.mark.parametrize("name", VECTORS + BATCHES)
@@ -125,3 +133,21 @@ def test_a_kernel_loads_its_vector_once(kernels: dict[str, dict[str, str]], name
 def test_columns_take_half_of_the_products(kernels: dict[str, dict[str, str]]) -> None:
     """16 x 8 x 8 a time: 16 rows of weights, 768 inputs in four warps, two parts of each activation."""
     assert len(re.findall(r"mma\.sync", kernels["eight fc1"]["ptx"])) == 768 // 4 // 8 * 2
+
+
+def test_what_tiles_move_leaves_the_cache_first(kernels: dict[str, dict[str, str]]) -> None:
+    """Else the weights that a step finds in the cache would never come back. Scratch and the clock may stay."""
+
+    def counted(name: str, what: str) -> tuple[int, int]:
+        found = re.findall(rf"{what}\.global\S*", kernels[name]["ptx"])
+        first = sum("evict_first" in one for one in found)
+        return first, len(found) - first
+
+    loads, others = counted("tile", "ld")
+    assert loads > 0
+    assert others == 1  # the clock
+    assert counted("tile", "st")[1] == 0
+    assert counted("pack", "ld")[0] > 0 == counted("pack", "ld")[1]
+    stores, others = counted("unpack", "st")
+    assert stores > 0 == others
+    assert counted("unpack", "ld")[0] == stores
