@@ -211,8 +211,9 @@ def gpu_plot(path: Path) -> None:
 def batch_table(rows: list[dict[str, object]]) -> str:
     """Tokens a second of batches on one GPU, each with its answer's error."""
     lines = [
-        "| rows | tokens/s | against one row | us per step | median | worst | differing tokens | worst layer's error |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| rows | tokens/s | against one row | us per step | median | worst | differing tokens | worst layer's error "
+        "| commit |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     runs = [row for row in rows if row["name"] == "batch"]
     for row in runs:
@@ -221,16 +222,16 @@ def batch_table(rows: list[dict[str, object]]) -> str:
         different = sum(answer["differences"] for answer in answers)
         lines.append(
             f"| {row['batch']} | {row['tokens_per_s']:,.0f} | {row['against_one_row']:.2f}x | "
-            f"{row['us_per_step']:.0f} | {row['median_us']:.0f} | {row['worst_us']:,.0f} | {different} | {error:.1e} |"
+            f"{row['us_per_step']:.0f} | {row['median_us']:.0f} | {row['worst_us']:,.0f} | {different} | {error:.1e} | "
+            f"{row['commit']} |"
         )
     last = runs[-1]
-    commits = " and ".join(dict.fromkeys(str(row["commit"]) for row in runs))
     return "\n".join(
         [
             *lines,
             "",
             f"{last['layers']} layers, D = {last['width']}, {last['length']:,} tokens a row, first and last row held "
-            f"against float64, one row taken again with each run. Measured at {commits} on {last['date']}: "
+            f'against float64; "against one row" is against that of the same commit. Measured on {last["date"]}: '
             f"{last['device']}, torch {last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by "
             "`flash-inference bench gpu_batch`.",
         ]
