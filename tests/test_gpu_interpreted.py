@@ -1,4 +1,4 @@
-"""The GPU's kernels and its loop on a CPU, through Triton's interpreter: every number, at sizes that it bears."""
+"""The GPU's steps, draws and loop on a CPU, through Triton's interpreter: every number, at sizes that it bears."""
 
 from __future__ import annotations
 
