@@ -12,6 +12,7 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("gpu: no CUDA device here, or Triton's interpreter is on", allow_module_level=True)
 pytest.importorskip("triton")
 
+from flash_inference.ops.l2_window import leaves_first
 from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
@@ -253,3 +254,8 @@ def test_tile_by_fft_beyond_32_bit_offsets() -> None:
     assert ((got.double() - whole[2 * size : 3 * size, C - 33 :].double() - exact).abs() <= bound).all()
     got.copy_(whole[2 * size : 3 * size, C - 33 :])
     assert same(history[row - size :], whole)
+
+
+def test_the_driver_takes_a_window_on_a_stream() -> None:
+    memory = torch.empty(1 << 20, dtype=torch.uint8, device=CUDA)
+    assert leaves_first(torch.cuda.Stream(), memory)

@@ -36,6 +36,7 @@ from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplay
 from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
+from flash_inference.ops.l2_window import leaves_first
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
@@ -328,7 +329,7 @@ class GpuDecoder:
         """Leaves memory for chunks with the allocator, in one piece, so that none has to ask the driver in a run.
 
         That would stall the run for milliseconds. Whoever captures a graph calls it afterwards, for a capture gives all
-        that the allocator keeps back to the driver.
+        that the allocator keeps back to the driver. What chunks write there makes room for the weights in the cache.
         """
         most = self._largest.get(batch, 0)
         if not self.bounded or not most:
@@ -337,6 +338,7 @@ class GpuDecoder:
             held = [torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)]
             # Small tensors come from pages of their own.
             held += [torch.empty(1 << 19, dtype=torch.uint8, device=self.device) for _ in range(8)]
+            leaves_first(self.back, held[0])
             del held
 
 
