@@ -28,23 +28,20 @@ from rows import RESULTS, Rows, gpu_origin
 
 LENGTH, GRAPHS, COMPARED = 1280, 40, 600
 KERNELS = ("mix", "out", "fc1", "fc2", "head")
-ROWS = {"mix": (2, 4, 8, 16), "out": (8, 16, 32), "fc1": (16, 32, 64), "fc2": (8, 16, 32), "head": (32, 64, 128, 256)}
-WARPS = {"mix": (2, 4, 8), "out": (2, 4, 8), "fc1": (2, 4, 8), "fc2": (4, 8, 16), "head": (2, 4, 8)}
-DEPTHS = {"mix": (32, 64), "out": (32, 64), "fc1": (32, 64), "fc2": (32, 64), "head": (32, 64, 128)}
+ROWS = {"mix": (2, 4, 8, 16), "out": (8, 16, 32), "fc1": (8, 16, 32, 64), "fc2": (8, 16, 32), "head": (16, 32, 64)}
+WARPS = {"mix": (1, 2, 4, 8), "out": (2, 4, 8), "fc1": (2, 4, 8), "fc2": (4, 8, 16), "head": (2, 4, 8)}
 
 
-def candidates(kernel: str) -> list[BatchShape]:
-    """Shapes whose weights stay in registers, with all of them and with 168 a thread."""
+def candidates(kernel: str, batch: int) -> list[BatchShape]:
+    """Shapes whose weights stay in registers."""
     wide, inputs = (4 if kernel == "mix" else 1), (4 if kernel == "fc2" else 1) * WIDTH
-    found = list[BatchShape]()
-    for rows in ROWS[kernel]:
-        for warps in WARPS[kernel]:
-            for depth in DEPTHS[kernel]:
-                held = wide * rows * inputs / 2 / (32 * warps)
-                if kernel == "head" or (16 <= held <= 120 and warps * depth <= 1.4 * inputs):
-                    found.append(BatchShape(rows, warps, depth))
-                    found += [BatchShape(rows, warps, depth, 168)] if kernel != "head" and held <= 96 else []
-    return found
+    return [
+        BatchShape(rows, warps, some)
+        for rows in ROWS[kernel]
+        for warps in WARPS[kernel]
+        for some in (8, 16, 32)
+        if some <= max(8, batch) and wide * rows % 8 == 0 and wide * rows * inputs / 2 / (32 * warps) <= 120
+    ]
 
 
 def neighbours(batch: int) -> list[tuple[str, BatchShapes]]:
@@ -53,7 +50,7 @@ def neighbours(batch: int) -> list[tuple[str, BatchShapes]]:
     return [("", base)] + [
         (kernel, replace(base, **{kernel: shape}))
         for kernel in KERNELS
-        for shape in candidates(kernel)
+        for shape in candidates(kernel, batch)
         if shape != getattr(base, kernel)
     ]
 

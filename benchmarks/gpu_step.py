@@ -20,7 +20,6 @@ from flash_inference.engine.graphs import GpuLoop
 from flash_inference.models.gpu import GRAPH, GpuDecoder
 from flash_inference.ops.decode_step import triton as one
 from flash_inference.ops.decode_step import triton_batch as many
-from flash_inference.ops.decode_step import triton_eight as eight
 from flash_inference.ops.decode_step import triton_few as few
 from gpu_batch import prompts
 from gpu_decode import VOCABULARY, WIDTH, against_float64, big_model, stats
@@ -60,7 +59,7 @@ def without(kind: str | None) -> Iterator[None]:
         yield
         return
     name, wanted = KINDS[kind]
-    kept = {module: getattr(module, name) for module in (one, few, eight, many)}
+    kept = {module: getattr(module, name) for module in (one, few, many)}
     try:
         for module, kernel in kept.items():
             setattr(module, name, Without(kernel, wanted))

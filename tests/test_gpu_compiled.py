@@ -24,8 +24,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from flash_inference.ops.decode_step import triton as one, triton_few as few
-from flash_inference.ops.decode_step import triton_batch as many, triton_eight as eight
+from flash_inference.ops.decode_step import triton as one, triton_batch as many, triton_few as few
 from flash_inference.ops.tile_conv import fft_rows as fft, triton as tile
 
 D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
@@ -58,22 +57,22 @@ made(one.add_product, N=D, **cut(shapes.out))
 made(one.norm_expand, D=D, **cut(shapes.fc1))
 made(one.add_product, N=4 * D, **cut(shapes.fc2))
 made(one.head, D=D, **cut(shapes.head))
-both = {"B": 4, "BATCH": 4, "D": D}
+both = {"B": 3, "BATCH": 4, "D": D}
 made(few.project_and_mix, ORDER=2, TAPS=3, BLOCK=16, **both, **cut(some.mix))
 made(few.norm_expand, N=4 * D, **both, **cut(some.fc1))
 made(few.head, **both, **cut(some.head))
-for module, batch in ((eight, 8), (many, 32)):
-    tiles = many.BatchShapes.fit(batch)
+for batch, bytes_each in ((8, 2), (32, 2), (8, 4)):
+    TYPES["w"] = "*bf16" if bytes_each == 2 else "*fp32"
+    tiles = many.BatchShapes.fit(batch, D, bytes_each)
     extra = {"SHARE": 16, "PROGRAMS": 64}
     def batched(kernel, shape, **constants):
-        fixed = {"B": batch, "D": D, "BATCH": tiles.batch, "ROWS": shape.rows, "DEPTH": shape.depth, "WIDE": False}
-        made(kernel, shape.warps, shape.registers, **fixed, PDL=True, **constants)
-    warps = lambda shape: {"WARPS": shape.warps}
-    batched(module.norm_expand, tiles.fc1, **warps(tiles.fc1), **extra)
-    batched(module.add_product, tiles.fc2, N=4 * D, WHICH=0, **warps(tiles.fc2))
-    batched(module.add_product, tiles.out, N=D, WHICH=1, **warps(tiles.out))
-    if module is eight:
-        batched(eight.project_and_mix, tiles.mix, ORDER=2, GROUPS=4, TAPS=3, BLOCK=16, **warps(tiles.mix), **extra)
+        fixed = {"B": batch, "D": D, "BATCH": shape.batch, "ROWS": shape.rows, "WARPS": shape.warps, "PDL": True}
+        made(kernel, shape.warps, shape.registers, **fixed, WIDE=bytes_each == 4, **constants)
+    batched(many.project_and_mix, tiles.mix, ORDER=2, GROUPS=4, TAPS=3, BLOCK=16, **extra)
+    batched(many.add_product, tiles.out, N=D, WHICH=1)
+    batched(many.norm_expand, tiles.fc1, N=4 * D, **extra)
+    batched(many.add_product, tiles.fc2, N=4 * D, WHICH=0)
+    batched(many.head, tiles.head, **extra)
 outs, ins, lanes = tile.shape_for(64)
 made(tile._tile_rows, lanes // 32, OUTS=outs, INS=ins, LANES=lanes, TURNS=4, BATCH=1)
 made(fft._pack, 8, SIDE=64, UNIT=4, ROWS=0)
@@ -81,10 +80,11 @@ made(fft._unpack_add, 8, SIDE=64, UNIT=4)
 json.dump(found, sys.stdout)
 """
 VECTORS = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
-BATCHES = ("eight fc1", "eight fc2", "eight out", "eight mix", "many fc1", "many fc2", "many out")
-"""Without the projection of 32 rows, of which a thread spills 192 bytes."""
+KERNELS = ("mix", "out", "fc1", "fc2", "head")
+BATCHES = tuple(f"{rows} {kernel}" for rows in ("eight", "many") for kernel in KERNELS)
+WIDE = tuple(f"wide {kernel}" for kernel in KERNELS)
 TILES = ("tile", "pack", "unpack")
-VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 24, "few fc1": 24, "few head": 24}
+VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 18, "few fc1": 18, "few head": 18}
 """Loads of 16 bytes that one warp needs for its vectors of 768 or 3,072, divided among the warps below."""
 WARPS = {"out": 4, "fc2": 2}
 
@@ -108,10 +108,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         usage = [str(tools / "cuobjdump"), "-res-usage", str(folder / f"{number}.cubin")]
         shown = subprocess.run(usage, capture_output=True, text=True, check=False)
         kernel["usage"] = shown.stdout + shown.stderr
-    return dict(zip((*VECTORS, *BATCHES, *TILES), found, strict=True))
+    return dict(zip((*VECTORS, *BATCHES, *WIDE, *TILES), found, strict=True))
 
 
-@pytest.mark.parametrize("name", VECTORS + BATCHES)
+@pytest.mark.parametrize("name", VECTORS + BATCHES + WIDE)
 def test_a_kernel_spills_nothing(kernels: dict[str, dict[str, str]], name: str) -> None:
     found = re.search(r"STACK:(\d+)", kernels[name]["usage"])
     assert found
@@ -130,9 +130,23 @@ def test_a_kernel_loads_its_vector_once(kernels: dict[str, dict[str, str]], name
         assert "bar.sync" not in kernel["ptx"]
 
 
-def test_columns_take_half_of_the_products(kernels: dict[str, dict[str, str]]) -> None:
-    """16 x 8 x 8 a time: 16 rows of weights, 768 inputs in four warps, two parts of each activation."""
-    assert len(re.findall(r"mma\.sync", kernels["eight fc1"]["ptx"])) == 768 // 4 // 8 * 2
+@pytest.mark.parametrize("name", BATCHES)
+def test_operands_go_straight_to_the_tensor_cores(kernels: dict[str, dict[str, str]], name: str) -> None:
+    """From 16 bytes of memory a lane to products, without another lane or shared memory in between."""
+    before, behind = kernels[name]["ptx"].split("griddepcontrol.wait", 1)
+    assert "ld.global.v4" in before
+    lines = behind.splitlines()
+    products = [number for number, line in enumerate(lines) if "mma.sync" in line]
+    between = "\n".join(lines[products[0] : products[-1]])
+    assert not re.search(r"shfl|\.shared|bar\.sync", between)
+
+
+@pytest.mark.parametrize(("name", "rows", "inputs", "warps"), [("eight fc1", 16, 768, 4), ("many out", 32, 768, 4)])
+def test_products_are_three_a_term(
+    kernels: dict[str, dict[str, str]], name: str, rows: int, inputs: int, warps: int
+) -> None:
+    """16 x 8 x 16 a time, one for each part of the activations."""
+    assert len(re.findall(r"mma\.sync", kernels[name]["ptx"])) == rows // 16 * (inputs // warps // 16) * 3
 
 
 def test_what_tiles_move_leaves_the_cache_first(kernels: dict[str, dict[str, str]]) -> None:

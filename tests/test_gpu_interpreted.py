@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -29,7 +28,6 @@ from flash_inference.models.gpu import GpuDecoder, gpu_decoder  # noqa: E402
 from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
 from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
 from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
-from flash_inference.ops.decode_step.triton_eight import GpuEightStep  # noqa: E402
 from flash_inference.ops.decode_step.triton_few import FEW as FEW_ROWS  # noqa: E402
 from flash_inference.ops.decode_step.triton_few import FewShapes, GpuFewStep  # noqa: E402
 from flash_inference.ops.noise import exponential, stream  # noqa: E402
@@ -469,11 +467,11 @@ def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
-NARROW = BatchShape(16, 2, 16)
-WIDE = BatchShape(32, 2, 16, registers=168)
-SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE, batch=4, head_batch=4)
-TALL = replace(SMALL, batch=16, head_batch=16)
-STEPS = {"few": (None, GpuFewStep), "eight": (SMALL, GpuEightStep), "many": (TALL, GpuBatchStep)}
+NARROW = BatchShape(8, 2, 8)
+WIDE = BatchShape(16, 1, 8, registers=168)
+SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE)
+TALL = BatchShapes(*(BatchShape(8, 2, 16) for _ in range(5)))
+STEPS = {"few": (None, GpuFewStep), "eight": (SMALL, GpuBatchStep), "many": (TALL, GpuBatchStep)}
 
 
 def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
@@ -486,7 +484,9 @@ def exact_in_bfloat16(model: LanguageModel) -> LanguageModel:
 @torch.no_grad()
 @pytest.mark.parametrize("name", list(STEPS))
 @pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
-@pytest.mark.parametrize(("order", "width", "batch"), [(2, 10, 3), pytest.param(3, 20, 5, marks=slow)])
+@pytest.mark.parametrize(
+    ("order", "width", "batch"), [(2, 10, 3), pytest.param(3, 20, 5, marks=slow), pytest.param(2, 36, 9, marks=slow)]
+)
 def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: int, short: bool, name: str) -> None:
     shapes, kind = STEPS[name]
     # The interpreter takes its time for one channel a program.

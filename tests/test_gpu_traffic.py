@@ -36,8 +36,8 @@ from flash_inference.tiling.schedule import Pricing  # noqa: E402
 
 NAN, EPS = float("nan"), torch.finfo(torch.float32).eps
 slow = pytest.mark.slow
-NARROW, WIDE = BatchShape(16, 2, 16), BatchShape(32, 2, 16, registers=168)
-SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE, batch=4, head_batch=4)
+NARROW, WIDE = BatchShape(8, 2, 8), BatchShape(16, 1, 8, registers=168)
+SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE)
 
 
 class LateBatch(GpuBatch):

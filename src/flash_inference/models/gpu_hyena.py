@@ -13,8 +13,7 @@ from flash_inference.models.fused import layer_weights
 from flash_inference.models.gpu_memory import fits_bfloat16
 from flash_inference.ops.decode_step import LayerWeights
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
-from flash_inference.ops.decode_step.triton_batch import EIGHT, BatchShapes, GpuBatchStep
-from flash_inference.ops.decode_step.triton_eight import GpuEightStep
+from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
 from flash_inference.ops.decode_step.triton_few import FEW, GpuFewStep
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ class HyenaSteps:
         parts = layers, norm, model.embedding.weight.detach(), _narrow(model.head.weight.detach()), diagonal, near
         settings = {"order": config.order, "eps": config.norm_eps, "block": block, "pdl": pdl}
         self._one = partial(GpuStep, *parts, shapes=shapes, **settings)
-        self._few, self._eight, self._several = (
-            partial(kind, *parts, **settings) for kind in (GpuFewStep, GpuEightStep, GpuBatchStep)
-        )
+        self._few, self._several = (partial(kind, *parts, **settings) for kind in (GpuFewStep, GpuBatchStep))
 
     def make(self, batch: int, shapes: BatchShapes | None) -> GpuStep | GpuBatchStep:
         """The kernels for one sequence, for a few, or for a batch of them, which given shapes ask for."""
@@ -52,8 +49,7 @@ class HyenaSteps:
         shapes = shapes or self.batch_shapes
         if batch <= FEW and not shapes:
             return self._few(batch=batch)
-        shapes = shapes or BatchShapes.fit(batch)
-        return (self._eight if shapes.batch <= EIGHT else self._several)(batch=batch, shapes=shapes)
+        return self._several(batch=batch, shapes=shapes)
 
     def pending(self, batch: int, rows: int) -> Tensor:
         """Empty pasts of the short convolutions."""

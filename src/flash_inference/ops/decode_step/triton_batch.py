@@ -1,18 +1,21 @@
-"""The decode step of order-N Hyena blocks for a batch on a GPU: the kernels of `triton`, as matrix-matrix products.
+"""The decode step of order-N Hyena blocks for a batch on a GPU: the kernels of `triton`, on tensor cores.
 
-For up to eight sequences those of `triton_eight` are faster.
+A program owns a few output rows for some sequences of the batch. Output rows are the rows of a tensor-core product, the
+sequences its columns, eight at a time. Warps share the sum over the inputs; one reduction adds their parts.
 
-A program owns a few output rows for some rows of the batch. Its warps share the sum over the inputs: each holds its own
-part of the weights, fetched before the kernel waits, and multiplies it on the tensor cores; one reduction adds the
-parts. Weights that have at most 10 bits of mantissa (bfloat16, float16) are exact in tf32; activations are split in two
-tf32 numbers, which leaves an error of 2^-21 of each term. Other weights take the three products of tf32x3.
-
-LayerNorm costs no pass of its own. Whoever writes x also writes z = gamma (x - c), with the gamma of the LayerNorm to
-come and the mean c that x had at the last one, and the sums and squared deviations of its few channels (`moments`
-[2, programs, B]). The next kernel multiplies z and adds up the moments meanwhile: W norm(x) =
-(W z - (mean - c) W gamma) / deviation + W beta, where W gamma and W beta are prepared. c is close to the mean, so that
-nothing cancels. `centres` [2, B] holds c in turns: the first for the LayerNorms before mixers and head, the second for
-those before MLPs.
+- Nothing passes through shared memory before that reduction. A lane of a product holds four neighbours of a row twice,
+  16 inputs apart; as sums have no order, these may be eight neighbours in memory. Weights and activations are loaded
+  that way, 16 bytes at a time, straight into the registers that are multiplied: weights before the kernel waits.
+- A float32 activation is the sum of three bfloat16 numbers, taken apart in registers. Products with bfloat16 weights
+  are exact then, sums float32. Other weights take the three products of tf32x3.
+- A kernel lets the next one start when it has waited itself, not before: more programs than one kernel's ahead take the
+  registers and the bandwidth that this one's need. So what the kernel before the last one wrote may be read unwaited.
+- LayerNorm costs no pass of its own. Whoever writes x also writes z = gamma (x - c), with the gamma of the LayerNorm to
+  come and the mean c that x had at the last one, and, for its few channels, the sums of x - c and of its square
+  (`moments` [2, B, programs]). The next kernel multiplies z and adds up the moments meanwhile: W norm(x) =
+  (W z - (mean - c) W gamma) / deviation + W beta, where W gamma and W beta are prepared. c is close to the mean, so
+  that nothing cancels. `centres` [2, B] holds c in turns: the first for the LayerNorms before mixers and head, the
+  second for those before MLPs.
 
 Activations are [B, channels] float32; `history` is time-major [rows, M D, B], `pending` [TAPS - 1, B, (N + 1) D].
 """
@@ -32,39 +35,108 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flash_inference.ops.decode_step.numpy import LayerWeights
-from flash_inference.ops.decode_step.triton import Layer, Step, folded, gelu, largest
+from flash_inference.ops.decode_step.triton import Layer, Step, folded, gelu, largest, widest
 from flash_inference.ops.decode_step.triton_log import leave_token
 
-SHARE = 16
-"""Channels whose moments the embedding writes together."""
-
-EIGHT = 8
-"""Sequences up to which `triton_eight` takes the columns of a tensor-core product for them."""
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+"""The interpreter multiplies bfloat16 numbers as if they were integers."""
 
 
 @triton.jit
-def _stream(w, row, wanted, N: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr):
-    """Rows of a matrix [.., N] in pieces [WARPS, DEPTH, ROWS]: every warp holds its own part of the sum."""
-    place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, :, None]
+def operand(matrix, row, known, N: tl.constexpr, WARPS: tl.constexpr):
+    """Rows [8, E] of a matrix [.., N] as operands of products, in pieces [WARPS, 8 E, 32].
+
+    Every warp takes its own inputs. They stand in the order in which lanes hold them in a product: the first four of
+    each of four lanes' eight neighbours, then the second four.
+    """
+    E: tl.constexpr = row.shape[1]
+    CHUNKS: tl.constexpr = (N + 32 * WARPS - 1) // (32 * WARPS)
+    k = tl.arange(0, WARPS)[None, :, None, None] * (32 * CHUNKS) + tl.arange(0, 32)[None, None, None, :]
+    start = matrix + (row.to(tl.int64) * N)[:, None, :, None]
     pieces = ()
-    for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
-        k = c * WARPS * DEPTH + place
-        known = wanted[None, None, :] & (k < N)
-        pieces = pieces + (tl.load(w + row[None, None, :].to(tl.int64) * N + k, known, 0.0),)
+    for c in tl.static_range(CHUNKS):
+        inside = known[:, None, :, None]
+        if CHUNKS * WARPS * 32 > N:
+            inside = inside & (32 * c + k < N)
+        piece = tl.reshape(tl.load(start + 32 * c + k, inside, 0.0), (8, WARPS, E, 4, 2, 4))
+        pieces = pieces + (tl.reshape(tl.permute(piece, (1, 2, 0, 4, 3, 5)), (WARPS, 8 * E, 32)),)
     return pieces
 
 
 @triton.jit
-def tf32(a):
-    """a rounded to tf32. The rest, a minus that, keeps a NaN."""
-    return ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def columns(vectors, row, known, N: tl.constexpr, WARPS: tl.constexpr):
+    """As `operand`, of float32 vectors [.., N]: a lane's eight neighbours come by two loads."""
+    E: tl.constexpr = row.shape[1]
+    CHUNKS: tl.constexpr = (N + 32 * WARPS - 1) // (32 * WARPS)
+    four = tl.arange(0, 16)[None, None, None, :]
+    k = tl.arange(0, WARPS)[None, :, None, None] * (32 * CHUNKS) + (four // 4 * 8 + four % 4)
+    start = vectors + (row * N)[:, None, :, None]
+    pieces = ()
+    for c in tl.static_range(CHUNKS):
+        place = 32 * c + k
+        first = known[:, None, :, None]
+        second = first
+        if CHUNKS * WARPS * 32 > N:
+            first = first & (place < N)
+            second = second & (place + 4 < N)
+        both = tl.join(tl.load(start + place, first, 0.0), tl.load(start + place + 4, second, 0.0))
+        piece = tl.permute(tl.reshape(both, (8, WARPS, E, 4, 4, 2)), (1, 2, 0, 5, 3, 4))
+        pieces = pieces + (tl.reshape(piece, (WARPS, 8 * E, 32)),)
+    return pieces
 
 
 @triton.jit
-def add_pairs(a, b, c, d):
+def eights(first, COUNT: tl.constexpr):
+    """Numbers first, first + 1, .. [8, COUNT // 8], as `operand` takes rows."""
+    return first + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, COUNT // 8)[None, :]
+
+
+@triton.jit
+def _upper(a):
+    """The part of a that bfloat16 holds, cut off behind it."""
+    return (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(w, a, sums):
+    """sums + w a^T of bfloat16 numbers."""
+    if INTERPRETED:
+        return tl.dot(w.to(tl.float32), tl.trans(a.to(tl.float32), 0, 2, 1), sums)
+    else:
+        return tl.dot(w, tl.trans(a, 0, 2, 1), sums)
+
+
+@triton.jit
+def _product(
+    v, weights, N: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows in pieces times v [B, N]: [ROWS, BATCH]. Three sums, so that no product waits long for the last one."""
+    column = eights(tl.program_id(1) * BATCH, BATCH)
+    inputs = columns(v, column, column < B, N, WARPS)
+    sums = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
+    rests = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
+    lasts = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
+    for c in tl.static_range(len(weights)):
+        a = inputs[c]
+        if WIDE:
+            sums = tl.dot(weights[c].to(tl.float32), tl.trans(a, 0, 2, 1), sums, input_precision="tf32x3")
+        else:
+            upper = _upper(a)
+            rest = a - upper
+            middle = _upper(rest)
+            sums = _dot(weights[c], upper.to(tl.bfloat16), sums)
+            rests = _dot(weights[c], middle.to(tl.bfloat16), rests)
+            lasts = _dot(weights[c], (rest - middle).to(tl.bfloat16), lasts)
+    return tl.sum(sums + (rests + lasts), 0)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
     return a + c, b + d
 
 
@@ -73,107 +145,69 @@ def _fetch_moments(
     moments, centres, batch, here, WHICH: tl.constexpr, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
     PROGRAMS: tl.constexpr
 ):  # fmt: skip
-    """Sums and squared deviations [PROGRAMS, BATCH] of SHARE channels each, and c [BATCH]."""
-    programs: tl.constexpr = (D + SHARE - 1) // SHARE
-    p = tl.arange(0, PROGRAMS)[:, None]
-    at = moments + p * B + batch[None, :]
-    known = (p < programs) & here[None, :]
-    return (
-        tl.load(at, known, 0.0),
-        tl.load(at + programs * B, known, 0.0),
-        tl.load(centres + WHICH * B + batch, here, 0.0),
-    )
+    """Sums of x - c and of its square [BATCH, PROGRAMS] of SHARE channels each, and c [BATCH]."""
+    PARTS: tl.constexpr = (D + SHARE - 1) // SHARE
+    p = tl.arange(0, PROGRAMS)[None, :]
+    at = moments + batch[:, None] * PARTS + p
+    known = (p < PARTS) & here[:, None]
+    centre = tl.load(centres + WHICH * B + batch, here, 0.0)
+    return tl.load(at, known, 0.0), tl.load(at + PARTS * B, known, 0.0), centre
 
 
 @triton.jit
-def _add_moments(total, squares, centre, eps, D: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr):
-    """(mean - c, 1 / deviation) [BATCH] of all channels."""
-    programs: tl.constexpr = (D + SHARE - 1) // SHARE
-    p = tl.arange(0, PROGRAMS)[:, None]
-    count = tl.maximum(tl.minimum(D - p * SHARE, SHARE), 1).to(tl.float32)
-    apart = tl.where(p < programs, total - count * centre[None, :], 0.0)
-    apart, squares = tl.reduce((apart, squares + apart * apart / count), 0, add_pairs)
-    shift = apart / D
-    return shift, tl.rsqrt(squares / D - shift * shift + eps)
-
-
-@triton.jit
-def _keep_moments(moments, x, both, batch, here, program, B: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Writes the sum and the squared deviations of a program's channels x [BATCH, ROWS]."""
-    programs: tl.constexpr = (D + ROWS - 1) // ROWS
-    total = tl.sum(x, 1)
-    apart = tl.where(both, x - (total / tl.minimum(D - program * ROWS, ROWS).to(tl.float32))[:, None], 0.0)
-    tl.store(moments + program * B + batch, total, here)
-    tl.store(moments + (programs + program) * B + batch, tl.sum(apart * apart, 1), here)
-
-
-@triton.jit
-def _product(
-    v, weights, N: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    DEPTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """v [B, N] times rows in pieces: [BATCH, ROWS]. The rest behind tf32 comes first; a NaN survives in it."""
-    column = (tl.program_id(1) * BATCH + tl.arange(0, BATCH))[None, :, None]
-    place = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-    sums = tl.zeros([WARPS, BATCH, ROWS], tl.float32)
-    for c in tl.static_range((N + WARPS * DEPTH - 1) // (WARPS * DEPTH)):
-        k = c * WARPS * DEPTH + place
-        a = tl.load(v + column * N + k, (column < B) & (k < N), 0.0)
-        w = weights[c].to(tl.float32)
-        if WIDE:
-            sums = tl.dot(a, w, sums, input_precision="tf32x3")
-        else:
-            high = tf32(a)
-            sums = tl.dot(a - high, w, sums, input_precision="tf32")
-            sums = tl.dot(high, w, sums, input_precision="tf32")
-    return tl.sum(sums, 0)
+def _deviation(sums, squares, eps, D: tl.constexpr):
+    """The mean of x - c and 1 / deviation [BATCH]."""
+    total, square = tl.reduce((sums, squares), 1, _add_pairs)
+    mean = total / D
+    return mean, tl.rsqrt(square / D - mean * mean + eps)
 
 
 @triton.jit
 def _normed(
-    products, slope, bias, total, squares, centre, centres, batch, here, eps, WHICH: tl.constexpr, B: tl.constexpr,
-    D: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr
+    products, slope, bias, sums, squares, centre, centres, batch, here, eps, WHICH: tl.constexpr, B: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """norm(x) W + b [BATCH, ROWS] from z W; the first program tells the mean to whoever writes x next."""
-    shift, inverse = _add_moments(total, squares, centre, eps, D, SHARE, PROGRAMS)
+    """W norm(x) + b [ROWS, BATCH] from W z; the first program tells the mean to whoever writes x next."""
+    mean, inverse = _deviation(sums, squares, eps, D)
     if tl.program_id(0) == 0:
-        tl.store(centres + (1 - WHICH) * B + batch, centre + shift, here)
-    return (products - shift[:, None] * slope) * inverse[:, None] + bias
+        tl.store(centres + (1 - WHICH) * B + batch, centre + mean, here)
+    return (products - mean[None, :] * slope) * inverse[None, :] + bias
 
 
 @triton.jit(do_not_specialize=["offset", "lane"])
 def project_and_mix(
     z, moments, centres, w, b, w_gamma, short_w, short_b, pending, history, near, diagonal, clock, out, offset,
     lane, C, eps, B: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS:
+    tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, D] = x_0 z_last, as `triton.project_and_mix`; `b` holds W beta too, and `w_gamma` is W gamma.
 
-    A program's channels stand side by side for all ORDER + 1 groups of the projection, GROUPS a power of two: one
+    A program's ROWS channels stand side by side for all ORDER + 1 groups of the projection, GROUPS a power of two: one
     product makes them all.
     """
-    if PDL:
-        gdc_launch_dependents()
     W: tl.constexpr = (ORDER + 1) * D
+    first = tl.program_id(0) * ROWS
+    side = eights(0, GROUPS * ROWS)
+    known = (side // ROWS <= ORDER) & (first + side % ROWS < D)
+    weights = operand(w, side // ROWS * D + first + side % ROWS, known, D, WARPS)
     side = tl.arange(0, GROUPS * ROWS)
-    channel = side // ROWS * D + tl.program_id(0) * ROWS + side % ROWS
-    whole = (side // ROWS <= ORDER) & (tl.program_id(0) * ROWS + side % ROWS < D)
+    channel = side // ROWS * D + first + side % ROWS
+    whole = (side // ROWS <= ORDER) & (first + side % ROWS < D)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     here = batch < B
-    every = here[:, None] & whole[None, :]
-    weights = _stream(w, channel, whole, D, WARPS, DEPTH)
-    bias = tl.load(b + channel, whole, 0.0)[None, :]
-    slope = tl.load(w_gamma + channel, whole, 0.0)[None, :]
+    every = whole[:, None] & here[None, :]
+    bias = tl.load(b + channel, whole, 0.0)[:, None]
+    slope = tl.load(w_gamma + channel, whole, 0.0)[:, None]
     taps = ()
     owed = ()
     for j in tl.static_range(TAPS):
-        taps = taps + (tl.load(short_w + (TAPS - 1 - j) * W + channel, whole, 0.0)[None, :],)
+        taps = taps + (tl.load(short_w + (TAPS - 1 - j) * W + channel, whole, 0.0)[:, None],)
         if j + 1 < TAPS:
-            owed = owed + (tl.load(pending + (j * B + batch)[:, None] * W + channel[None, :], every, 0.0),)
+            owed = owed + (tl.load(pending + (j * B + batch)[None, :] * W + channel[:, None], every, 0.0),)
         else:
-            owed = owed + (tl.load(short_b + channel, whole, 0.0)[None, :],)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+            owed = owed + (tl.load(short_b + channel, whole, 0.0)[:, None],)
+    row = first + tl.arange(0, ROWS)
     wanted = row < D
     both = wanted[:, None] & here[None, :]
     base = tl.load(clock)
@@ -187,134 +221,126 @@ def project_and_mix(
         at = history + ((base + past) * C + column) * B + batch[None, None, :]
         y = tl.load(at, both[None, :, :] & earlier, 0.0).to(tl.float32)
         rho = tl.load(near + (offset - past) * C + column, wanted[None, :, None] & earlier, 0.0)
-        partial = tl.load(now + o * D * B, both, 0.0).to(tl.float32) + tl.sum(y * rho, 0)
-        sums = sums + (tl.trans(partial),)
-        own = own + (tl.load(diagonal + lane + o * D + row, wanted, 0.0)[None, :],)
+        sums = sums + (tl.load(now + o * D * B, both, 0.0).to(tl.float32) + tl.sum(y * rho, 0),)
+        own = own + (tl.load(diagonal + lane + o * D + row, wanted, 0.0)[:, None],)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
-    u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS, DEPTH, WIDE)
-    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 0, B, D, SHARE, PROGRAMS)
+    u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS, WIDE)
+    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 0, B, D)
     for j in tl.static_range(TAPS - 1):
-        at = pending + (j * B + batch)[:, None] * W + channel[None, :]
+        at = pending + (j * B + batch)[None, :] * W + channel[:, None]
         tl.store(at, owed[j + 1] + u * taps[j + 1], every)
-    gates = tl.reshape(u * taps[0] + owed[0], (BATCH, GROUPS, ROWS))
-    group = tl.arange(0, GROUPS)[None, :, None]
-    v = tl.sum(tl.where(group == ORDER, gates, 0.0), 1)
+    gates = tl.reshape(u * taps[0] + owed[0], (GROUPS, ROWS, BATCH))
+    group = tl.arange(0, GROUPS)[:, None, None]
+    v = tl.sum(tl.where(group == ORDER, gates, 0.0), 0)
     for o in tl.static_range(ORDER - 1):
-        y = tl.sum(tl.where(group == ORDER - 1 - o, gates, 0.0), 1) * v
+        y = tl.sum(tl.where(group == ORDER - 1 - o, gates, 0.0), 0) * v
         v = sums[o] + own[o] * y
-        tl.store(now + o * D * B, tl.trans(y).to(history.dtype.element_ty), both)
-    gate = tl.sum(tl.where(group == 0, gates, 0.0), 1)
-    tl.store(out + batch[:, None] * D + row[None, :], gate * v, here[:, None] & wanted[None, :])
+        tl.store(now + o * D * B, y.to(history.dtype.element_ty), both)
+    gate = tl.sum(tl.where(group == 0, gates, 0.0), 0)
+    tl.store(out + batch[None, :] * D + row[:, None], gate * v, both)
 
 
 @triton.jit
 def add_product(
     x, v, w, b, gamma, z, moments, centres, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, WHICH: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, PDL:
-    tl.constexpr,
+    ROWS: tl.constexpr, WHICH: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [B, D] += v [B, N] w [D, N]^T + b; z = gamma (x - centres[WHICH]), and the moments of every ROWS channels."""
-    if PDL:
-        gdc_launch_dependents()
     program = tl.program_id(0)
+    owned = eights(program * ROWS, ROWS)
+    weights = operand(w, owned, owned < D, N, WARPS)
     row = program * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wanted = row < D
     here = batch < B
-    both = here[:, None] & wanted[None, :]
-    weights = _stream(w, row, wanted, N, WARPS, DEPTH)
-    bias = tl.load(b + row, wanted, 0.0)[None, :]
-    scale = tl.load(gamma + row, wanted, 0.0)[None, :]
-    at = batch[:, None] * D + row[None, :]
+    both = wanted[:, None] & here[None, :]
+    bias = tl.load(b + row, wanted, 0.0).to(tl.float32)[:, None]
+    scale = tl.load(gamma + row, wanted, 0.0)[:, None]
+    at = batch[None, :] * D + row[:, None]
+    stands = tl.load(x + at, both, 0.0) + bias
     if PDL:
         gdc_wait()
-    centre = tl.load(centres + WHICH * B + batch, here, 0.0)[:, None]
-    stands = tl.load(x + at, both, 0.0)
-    new = tl.where(both, stands + bias + _product(v, weights, N, B, BATCH, ROWS, WARPS, DEPTH, WIDE), 0.0)
+        gdc_launch_dependents()
+    centre = tl.load(centres + WHICH * B + batch, here, 0.0)[None, :]
+    new = stands + _product(v, weights, N, B, BATCH, ROWS, WARPS, WIDE)
     tl.store(x + at, new, both)
-    tl.store(z + at, scale * (new - centre), both)
-    _keep_moments(moments, new, both, batch, here, program, B, D, ROWS)
+    apart = tl.where(both, new - centre, 0.0)
+    tl.store(z + at, scale * apart, both)
+    total, square = tl.reduce((apart, apart * apart), 0, _add_pairs)
+    PARTS: tl.constexpr = (D + ROWS - 1) // ROWS
+    tl.store(moments + batch * PARTS + program, total, here)
+    tl.store(moments + (B + batch) * PARTS + program, square, here)
 
 
 @triton.jit
 def norm_expand(
-    z, moments, centres, w, b, w_gamma, out, N, eps, B: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
-    PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
+    z, moments, centres, w, b, w_gamma, out, eps, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SHARE:
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, WIDE:
     tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = gelu(norm(x) w [N, D]^T + b), the tanh form of GELU."""
-    if PDL:
-        gdc_launch_dependents()
+    owned = eights(tl.program_id(0) * ROWS, ROWS)
+    weights = operand(w, owned, owned < N, D, WARPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wanted = row < N
     here = batch < B
-    weights = _stream(w, row, wanted, D, WARPS, DEPTH)
-    bias = tl.load(b + row, wanted, 0.0)[None, :]
-    slope = tl.load(w_gamma + row, wanted, 0.0)[None, :]
+    bias = tl.load(b + row, wanted, 0.0)[:, None]
+    slope = tl.load(w_gamma + row, wanted, 0.0)[:, None]
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 1, B, D, SHARE, PROGRAMS)
-    u = _product(z, weights, D, B, BATCH, ROWS, WARPS, DEPTH, WIDE)
-    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 1, B, D, SHARE, PROGRAMS)
-    new = gelu(u)
-    tl.store(out + batch[:, None] * N + row[None, :], new, here[:, None] & wanted[None, :])
+    u = _product(z, weights, D, B, BATCH, ROWS, WARPS, WIDE)
+    u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 1, B, D)
+    tl.store(out + batch[None, :] * N + row[:, None], gelu(u), wanted[:, None] & here[None, :])
 
 
 @triton.jit
 def head(
     z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, SHARE:
-    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE:
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, WIDE:
     tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """logits [B, V] = norm(x) w [V, D]^T; each program also keeps its largest logits and the lowest tokens that have
     them, `best` and `best_at` [programs, B]. A row with a NaN among its logits keeps NaN.
     """
     program = tl.program_id(0)
+    owned = eights(program * ROWS, ROWS)
+    weights = operand(w, owned, owned < V, D, WARPS)
     row = program * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     wanted = row < V
     here = batch < B
-    both = here[:, None] & wanted[None, :]
-    bias = tl.load(b + row, wanted, 0.0)[None, :]
-    slope = tl.load(w_gamma + row, wanted, 0.0)[None, :]
-    place = tl.arange(0, DEPTH)
+    both = wanted[:, None] & here[None, :]
+    bias = tl.load(b + row, wanted, 0.0)[:, None]
+    slope = tl.load(w_gamma + row, wanted, 0.0)[:, None]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
-    sums = tl.zeros([BATCH, ROWS], tl.float32)
-    for c in range((D + DEPTH - 1) // DEPTH):
-        k = c * DEPTH + place
-        inside = k < D
-        y = tl.load(z + batch[:, None] * D + k[None, :], here[:, None] & inside[None, :], 0.0)
-        weights = tl.load(w + row[None, :].to(tl.int64) * D + k[:, None], wanted[None, :] & inside[:, None], 0.0)
-        if WIDE:
-            sums = tl.dot(y, weights, sums, input_precision="tf32x3")
-        else:
-            high = tf32(y)
-            sums = tl.dot(y - high, weights.to(tl.float32), sums, input_precision="tf32")
-            sums = tl.dot(high, weights.to(tl.float32), sums, input_precision="tf32")
-    shift, inverse = _add_moments(total, squares, centre, eps, D, SHARE, PROGRAMS)
-    u = (sums - shift[:, None] * slope) * inverse[:, None] + bias
-    tl.store(logits + batch[:, None].to(tl.int64) * V + row[None, :], u, both)
-    worst = tl.sum(((u != u) & both).to(tl.int32), 1) > 0
+    total, squares, _ = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
+    products = _product(z, weights, D, B, BATCH, ROWS, WARPS, WIDE)
+    mean, inverse = _deviation(total, squares, eps, D)
+    u = (products - mean[None, :] * slope) * inverse[None, :] + bias
+    tl.store(logits + batch[None, :].to(tl.int64) * V + row[:, None], u, both)
+    worst = tl.sum(((u != u) & both).to(tl.int32), 0) > 0
     u = tl.where(both & (u == u), u, -float("inf"))
-    top = tl.max(u, 1)
+    top = tl.max(u, 0)
     tl.store(best + program * B + batch, tl.where(worst, float("nan"), top), here)
-    tl.store(best_at + program * B + batch, tl.min(tl.where(u == top[:, None], row[None, :], V), 1), here)
+    tl.store(best_at + program * B + batch, tl.min(tl.where(u == top[None, :], row[:, None], V), 0), here)
 
 
 @triton.jit(do_not_specialize=["offset"])
 def choose_and_embed(
     best, best_at, token, embedding, gamma, x, z, moments, centres, clock, tokens, host_tokens, stamps, offset,
-    programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr, PIECES: tl.constexpr,
-    GREEDY: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
+    programs, V, step, B: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GREEDY: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr, STAMP: tl.constexpr,
 ):  # fmt: skip
     """x [B, D] = embedding[token], as `triton.choose_and_embed`: a program a row; logs are [rows, B]."""
-    place = tl.arange(0, K // SHARE)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    k = tl.arange(0, K)
     b = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
@@ -322,23 +348,19 @@ def choose_and_embed(
     base = tl.load(clock + 2 + b)
     chosen = largest(best, best_at, b, B, programs, V, PIECES) if GREEDY else tl.load(token + b)
     row = tl.where(chosen < 0, 0, chosen)
-    new = tl.load(embedding + row * D + place, place < D, 0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(new, 1), 0) / D
+    new = tl.load(embedding + row * D + k, k < D, 0.0).to(tl.float32)
+    mean = tl.sum(new, 0) / D
+    apart = tl.where(k < D, new - mean, 0.0)
     tl.store(centres + b, mean)
-    tl.store(x + b * D + place, new, place < D)
-    tl.store(z + b * D + place, tl.load(gamma + place, place < D, 0.0) * (new - mean), place < D)
-    shares: tl.constexpr = (D + SHARE - 1) // SHARE
-    share = tl.arange(0, K // SHARE)
-    total = tl.sum(new, 1)
-    count = tl.maximum(tl.minimum(D - share * SHARE, SHARE), 1).to(tl.float32)
-    apart = tl.where(place < D, new - (total / count)[:, None], 0.0)
-    tl.store(moments + share * B + b, total, share < shares)
-    tl.store(moments + (shares + share) * B + b, tl.sum(apart * apart, 1), share < shares)
+    tl.store(x + b * D + k, new, k < D)
+    tl.store(z + b * D + k, tl.load(gamma + k, k < D, 0.0) * apart, k < D)
+    tl.store(moments + b, tl.sum(apart, 0))
+    tl.store(moments + B + b, tl.sum(apart * apart, 0))
     leave_token(token, row, chosen, clock, tokens, host_tokens, stamps, base, offset, step, b, B, LAST, STAMP)
 
 
 class BatchShape(NamedTuple):
-    """How a kernel is cut: output rows a program, warps, inputs that a warp takes at once.
+    """How a kernel is cut: output rows a program, warps that share its inputs, and sequences, a multiple of eight.
 
     `registers` bounds those of a thread, so that the programs of the next kernel find room beside this one's and can
     fetch their weights; None leaves it to the compiler.
@@ -346,7 +368,7 @@ class BatchShape(NamedTuple):
 
     rows: int
     warps: int
-    depth: int
+    batch: int
     registers: int | None = None
 
     @property
@@ -357,33 +379,39 @@ class BatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchShapes:
-    """The shape of every kernel, and rows of the batch a program."""
+    """The shape of every kernel."""
 
     mix: BatchShape
     out: BatchShape
     fc1: BatchShape
     fc2: BatchShape
     head: BatchShape
-    batch: int
-    head_batch: int
 
     @classmethod
-    def fit(cls, batch: int) -> BatchShapes:
-        """For a batch of that size. Measured on an H100 at D = 768, each in the whole step: what overlaps matters."""
-        if batch > EIGHT:
+    def fit(cls, batch: int, width: int = 768, itemsize: int = 2) -> BatchShapes:
+        """For a batch of that size and a model of that width, whose widest weights have `itemsize` bytes.
+
+        Measured on an H100 at D = 768, each in the whole step: what overlaps matters. Narrow models take fewer rows a
+        program, so that enough programs run, wide ones more warps, and wide weights fewer rows: they stay in registers.
+        """
+        more = min(int(triton.next_power_of_2(triton.cdiv(width, 1024))), 4)
+        less = 2 if itemsize > 2 else 1
+        out = (32 if width >= 512 else 8) // less
+        if batch > 16:
             return cls(
-                mix=BatchShape(8, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(32, 4, 64),
-                fc2=BatchShape(16, 8, 64), head=BatchShape(128, 4, 64), batch=16, head_batch=32,
+                mix=BatchShape(8 // less, 2 * more, 8), out=BatchShape(out, 4 * more, 8),
+                fc1=BatchShape(32 // less, 4 * more, 8), fc2=BatchShape(16 // less, 4 * more, 8),
+                head=BatchShape(16 // less, 4 * more, 32),
             )  # fmt: skip
         return cls(
-            mix=BatchShape(4, 4, 64), out=BatchShape(16, 4, 64), fc1=BatchShape(16, 4, 64, registers=168),
-            fc2=BatchShape(16, 8, 64), head=BatchShape(32, 2, 64), batch=8, head_batch=8,
+            mix=BatchShape(4, 4 * more, 8), out=BatchShape(out, 4 * more, 8), fc1=BatchShape(16 // less, 4 * more, 8),
+            fc2=BatchShape(16 // less, 8 * more, 8), head=BatchShape(32 // less, 4 * more, 8),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Layer(Layer):
-    """Here gammas lie as they are, and `wide` tells which matrices tf32 cannot hold."""
+    """Here gammas lie as they are, and `wide` tells which matrices are not bfloat16."""
 
     wide: tuple[bool, bool, bool, bool]
 
@@ -406,7 +434,7 @@ class GpuBatchStep(Step):
         self.head = folded(norm, (head_weight, head_weight.new_zeros(head_weight.shape[0])))
         self.diagonal, self.near, self.order, self.eps, self.block = diagonal, near, order, eps, block
         self.width, self.vocab = embedding.shape[1], head_weight.shape[0]
-        self.shapes, self.pdl = shapes or BatchShapes.fit(batch), pdl
+        self.shapes, self.pdl = shapes or BatchShapes.fit(batch, self.width, widest(layers, head_weight)), pdl
         self.inner, self.taps = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0]
         self.layers = [
             _Layer(
@@ -421,28 +449,21 @@ class GpuBatchStep(Step):
 
     def _scratch(self) -> None:
         B, new = self.batch, self.diagonal.new_empty
-        self.x, self.z, self.mixed = (new(B, self.width) for _ in range(3))
-        self.hidden, self.centres = new(B, self.inner), new(2, B)
+        self.x, self.centres = new(B, self.width), new(2, B)
+        self.z, self.mixed, self.hidden = (new(B, n) for n in (self.width, self.width, self.inner))
         self.logits, self.best = new(B, self.vocab), new(self.programs, B)
-        shares = triton.cdiv(self.width, min(SHARE, self.shapes.out.rows, self.shapes.fc2.rows))
-        self.moments = new(2 * shares * B)
+        self.moments = new(2 * triton.cdiv(self.width, min(self.shapes.out.rows, self.shapes.fc2.rows)) * B)
         self.token = torch.zeros(B, dtype=torch.long, device=self.diagonal.device)
         self.best_at = torch.zeros(self.programs, B, dtype=torch.int32, device=self.diagonal.device)
 
-    @property
-    def share(self) -> int:
-        """Channels whose moments the embedding writes together."""
-        return SHARE
-
     def start(self, rows: Tensor) -> None:
         """Puts embeddings [B, D] where the next position reads them."""
-        D, rows = self.width, rows.float()
+        rows = rows.float()
+        apart = rows - rows.mean(1, keepdim=True)
         self.x.copy_(rows)
         self.centres[0] = rows.mean(1)
-        self.z.copy_(self.layers[0].gammas[0] * (rows - rows.mean(1, keepdim=True)))
-        both = self.moments[: 2 * triton.cdiv(D, SHARE) * self.batch].view(2, -1, self.batch)
-        for number, some in enumerate(rows.split(SHARE, dim=1)):
-            both[0, number], both[1, number] = some.sum(1), (some - some.mean(1, keepdim=True)).square().sum(1)
+        self.z.copy_(self.layers[0].gammas[0] * apart)
+        self.moments[: 2 * self.batch] = torch.cat([apart.sum(1), apart.square().sum(1)])
 
     def forward(
         self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
@@ -450,13 +471,15 @@ class GpuBatchStep(Step):
     ) -> None:  # fmt: skip
         """x -> logits, the mixer rows written, as `Step.forward`."""
         D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
-        C, lanes, tile, kernels = history.shape[1] // B, (self.order - 1) * D, s.batch, self.kernels
+        C, lanes, kernels = history.shape[1] // B, (self.order - 1) * D, self.kernels
         more = {"launch_pdl": True} if pdl else {}
-        columns = triton.cdiv(B, tile)
+
+        def grid(shape: BatchShape, rows: int) -> tuple[int, int]:
+            return int(triton.cdiv(rows, shape.rows)), int(triton.cdiv(B, shape.batch))
 
         def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
-            fixed = {"B": B, "D": D, "BATCH": tile, "WIDE": wide, "PDL": pdl, **shape.options}
-            return {**fixed, "ROWS": shape.rows, "WARPS": shape.warps, "DEPTH": shape.depth}
+            fixed = {"B": B, "D": D, "WIDE": wide, "PDL": pdl, **shape.options}
+            return {**fixed, "BATCH": shape.batch, "ROWS": shape.rows, "WARPS": shape.warps}
 
         def shares(share: int) -> dict[str, int]:
             return {"SHARE": share, "PROGRAMS": int(triton.next_power_of_2(-(-D // share)))}
@@ -465,38 +488,37 @@ class GpuBatchStep(Step):
         for number, layer in enumerate(self.layers):
             # The clock moved at the end of the last block: its reader starts after that.
             early = more if number or offset else {}
-            kernels.project_and_mix[(triton.cdiv(D, s.mix.rows), columns)](
+            kernels.project_and_mix[grid(s.mix, D)](
                 self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
                 self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order,
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **shares(s.fc2.rows if number else self.share), **settings(s.mix, layer.wide[0]), **early,
+                **shares(s.fc2.rows if number else D), **settings(s.mix, layer.wide[0]), **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
-            kernels.add_product[(triton.cdiv(D, s.out.rows), columns)](
+            kernels.add_product[grid(s.out, D)](
                 self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D,
                 WHICH=1, **settings(s.out, layer.wide[1]), **more,
             )  # fmt: skip
-            kernels.norm_expand[(triton.cdiv(F, s.fc1.rows), columns)](
-                self.z, self.moments, self.centres, *layer.fc1, self.hidden, F, eps, **shares(s.out.rows),
+            kernels.norm_expand[grid(s.fc1, F)](
+                self.z, self.moments, self.centres, *layer.fc1, self.hidden, eps, N=F, **shares(s.out.rows),
                 **settings(s.fc1, layer.wide[2]), **more,
             )  # fmt: skip
-            kernels.add_product[(triton.cdiv(D, s.fc2.rows), columns)](
+            kernels.add_product[grid(s.fc2, D)](
                 self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, N=F,
                 WHICH=0, **settings(s.fc2, layer.wide[3]), **more,
             )  # fmt: skip
-        kernels.head[(self.programs, triton.cdiv(B, s.head_batch))](
-            self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps, B=B,
-            D=D, BATCH=s.head_batch, ROWS=s.head.rows, DEPTH=s.head.depth, WIDE=is_wide(self.head[0]), PDL=pdl,
-            **s.head.options, **shares(s.fc2.rows), **more,
+        kernels.head[grid(s.head, self.vocab)](
+            self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps,
+            **settings(s.head, is_wide(self.head[0])), **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
     @property
     def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
-        padded = max(SHARE, int(triton.next_power_of_2(self.width)))
         tensors = [self.layers[0].gammas[0], self.x, self.z, self.moments, self.centres]
-        return tensors, {"B": self.batch, "K": padded, "SHARE": SHARE}
+        return tensors, {"B": self.batch, "K": int(triton.next_power_of_2(self.width))}
 
 
 def is_wide(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32
+    """Whether a matrix must be multiplied as float32."""
+    return weight.dtype != torch.bfloat16
