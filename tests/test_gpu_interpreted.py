@@ -505,6 +505,30 @@ def test_a_batched_step_is_the_float64_forwards(order: int, width: int, batch: i
             assert (logits[row] - exact[row, place]).abs().max() <= bound
 
 
+@pytest.mark.parametrize("batch", [4, 16, 17, 64])
+@pytest.mark.parametrize("width", [1, 200, 512, 768, 1536, 5000])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_shapes_of_every_model_are_whole_eights(batch: int, width: int, itemsize: int) -> None:
+    shapes = BatchShapes.fit(batch, width, itemsize)
+    for shape in (shapes.mix._replace(rows=2 * shapes.mix.rows), shapes.out, shapes.fc1, shapes.fc2, shapes.head):
+        assert shape.rows > 0 < shape.batch
+        assert shape.rows % 8 == shape.batch % 8 == 0
+        assert shape.warps <= 32
+
+
+@slow
+@pytest.mark.parametrize("short", [False, True], ids=["f32", "bf16"])
+def test_a_batch_by_the_shapes_that_fit_it(short: bool) -> None:
+    model = random_model(2, vocab_size=29, width=40, layers=1, length=60)
+    model = exact_in_bfloat16(model) if short else model
+    prompts = [torch.randint(29, (n,)) for n in (5, 1, 18, 7, 2)]
+    loop = GpuLoop(GpuDecoder(model, 60, near=16, batch=5), prompts, 30)
+    assert loop.step.shapes == BatchShapes.fit(5, 40, 2 if short else 4)
+    rows = torch.stack([torch.tensor(tokens) for tokens in loop], dim=1)
+    for prompt, tokens in zip(prompts, rows, strict=True):
+        check_greedy(model, prompt, tokens, 4)
+
+
 @slow
 @pytest.mark.parametrize("latency", ["bounded", "relaxed"])
 def test_ragged_rows_on_one_clock(latency: str) -> None:

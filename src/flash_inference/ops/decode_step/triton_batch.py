@@ -395,17 +395,21 @@ class BatchShapes:
         program, so that enough programs run, wide ones more warps, and wide weights fewer rows: they stay in registers.
         """
         more = min(int(triton.next_power_of_2(triton.cdiv(width, 1024))), 4)
-        less = 2 if itemsize > 2 else 1
-        out = (32 if width >= 512 else 8) // less
+        less = (2 if itemsize > 2 else 1) * (2 if width > 2048 else 1)
+
+        def rows(most: int) -> int:
+            return max(8, most // less)
+
+        out = rows(32 if width >= 512 else 8)
         if batch > 16:
             return cls(
-                mix=BatchShape(8 // less, 2 * more, 8), out=BatchShape(out, 4 * more, 8),
-                fc1=BatchShape(32 // less, 4 * more, 8), fc2=BatchShape(16 // less, 4 * more, 8),
-                head=BatchShape(16 // less, 4 * more, 32),
+                mix=BatchShape(8 if less == 1 else 4, 2 * more, 8), out=BatchShape(out, 4 * more, 8),
+                fc1=BatchShape(rows(32), 4 * more, 8), fc2=BatchShape(rows(16), 4 * more, 8),
+                head=BatchShape(rows(16), 4 * more, 32),
             )  # fmt: skip
         return cls(
-            mix=BatchShape(4, 4 * more, 8), out=BatchShape(out, 4 * more, 8), fc1=BatchShape(16 // less, 4 * more, 8),
-            fc2=BatchShape(16 // less, 8 * more, 8), head=BatchShape(32 // less, 4 * more, 8),
+            mix=BatchShape(4, 4 * more, 8), out=BatchShape(out, 4 * more, 8), fc1=BatchShape(rows(16), 4 * more, 8),
+            fc2=BatchShape(rows(16), 8 * more, 8), head=BatchShape(rows(32), 4 * more, 8),
         )  # fmt: skip
 
 
