@@ -52,6 +52,17 @@ def _fixed_seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture
+def nan_memory():
+    """Fresh memory is NaN, so that what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    assert torch.empty(5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind():
     """No test, and no code under test, changes a global setting of torch or leaves a thread of ours running."""

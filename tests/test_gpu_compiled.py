@@ -32,7 +32,7 @@ NUMBERS = ("offset", "lane", "C", "N", "V", "D", "source", "target", "S", "T", "
 NUMBERS += ("first", "count", "places", "wide", "skip")
 shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
 
-def made(kernel, warps, registers=None, **constants):
+def made(kernel, warps, **constants):
     kinds = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32" if name in NUMBERS else "*fp32")
         for name in kernel.arg_names
@@ -42,7 +42,7 @@ def made(kernel, warps, registers=None, **constants):
         for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ("N", "D", "C")
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "launch_pdl": True} | ({"maxnreg": registers} if registers else {})
+    options = {"num_warps": warps, "launch_pdl": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with open(sys.argv[1] + "/" + str(len(found)) + ".cubin", "wb") as file:
         file.write(compiled.asm["cubin"])
@@ -67,7 +67,7 @@ for batch, bytes_each in ((8, 2), (32, 2), (8, 4)):
     extra = {"SHARE": 16, "PROGRAMS": 64}
     def batched(kernel, shape, **constants):
         fixed = {"B": batch, "D": D, "BATCH": shape.batch, "ROWS": shape.rows, "WARPS": shape.warps, "PDL": True}
-        made(kernel, shape.warps, shape.registers, **fixed, WIDE=bytes_each == 4, **constants)
+        made(kernel, shape.warps, **fixed, **constants)
     batched(many.project_and_mix, tiles.mix, ORDER=2, GROUPS=4, TAPS=3, BLOCK=16, **extra)
     batched(many.add_product, tiles.out, N=D, WHICH=1)
     batched(many.norm_expand, tiles.fc1, N=4 * D, **extra)

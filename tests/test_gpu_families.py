@@ -6,8 +6,7 @@ others, as a graph does.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,40 +15,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+import interpreted  # noqa: F401
 
-import flash_inference as fi  # noqa: E402
-from family_models import FAMILIES, family_model  # noqa: E402
-from flash_inference.engine.device_sampling import DeviceSampler  # noqa: E402
-from flash_inference.engine.graphs import GpuLoop, decode_gpu  # noqa: E402
-from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
-from flash_inference.errors import ModelError, NumericsError  # noqa: E402
-from flash_inference.mixers import Attention, AttentionConfig, Rotary  # noqa: E402
-from flash_inference.mixers.mixer import Moment  # noqa: E402
-from flash_inference.models import gpu, gpu_modules  # noqa: E402
-from flash_inference.models.gpu import GRAPH, GpuDecoder, positions  # noqa: E402
-from flash_inference.models.gpu_modules import ModuleStep  # noqa: E402
-from flash_inference.ops.tile_conv.triton import mix_rows  # noqa: E402
-from flash_inference.testing import greedy_differences  # noqa: E402
-from flash_inference.testing.ties import FACTOR  # noqa: E402
-from flash_inference.tiling import Blocked, Relaxed  # noqa: E402
+# isort: split
+
+import flash_inference as fi
+from family_models import FAMILIES, family_model
+from flash_inference.engine.device_sampling import DeviceSampler
+from flash_inference.engine.graphs import GpuLoop, decode_gpu
+from flash_inference.engine.sampling import Sampler, Sampling
+from flash_inference.errors import ModelError, NumericsError
+from flash_inference.mixers import Attention, AttentionConfig, Rotary
+from flash_inference.mixers.mixer import Moment
+from flash_inference.models import gpu, gpu_modules
+from flash_inference.models.gpu import GRAPH, GpuDecoder, positions
+from flash_inference.models.gpu_modules import ModuleStep
+from flash_inference.ops.tile_conv.triton import mix_rows
+from flash_inference.testing import greedy_differences
+from flash_inference.testing.ties import FACTOR
+from flash_inference.tiling import Blocked, Relaxed
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 # ------------------------------------------------------------------------------------------------------------ the tape

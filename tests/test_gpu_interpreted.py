@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from statistics import NormalDist
 
 import pytest
 import torch
 from torch import Tensor
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+import interpreted  # noqa: F401
 
-from flash_inference import FilterConfig, LanguageModel  # noqa: E402
-from flash_inference.engine.device_sampling import DeviceSampler  # noqa: E402
-from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu  # noqa: E402
-from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
-from flash_inference.errors import LengthError, NumericsError, TilingError  # noqa: E402
-from flash_inference.models import gpu, hyena  # noqa: E402
-from flash_inference.models.gpu import GpuDecoder, gpu_decoder  # noqa: E402
-from flash_inference.ops.causal_conv import causal_conv  # noqa: E402
-from flash_inference.ops.decode_step.triton import Shapes  # noqa: E402
-from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep  # noqa: E402
-from flash_inference.ops.decode_step.triton_few import FEW as FEW_ROWS  # noqa: E402
-from flash_inference.ops.decode_step.triton_few import FewShapes, GpuFewStep  # noqa: E402
-from flash_inference.ops.noise import exponential, stream  # noqa: E402
-from flash_inference.ops.noise.triton import exponential_rows  # noqa: E402
-from flash_inference.testing import (  # noqa: E402
+# isort: split
+
+from flash_inference import FilterConfig, LanguageModel
+from flash_inference.engine.device_sampling import DeviceSampler
+from flash_inference.engine.graphs import GpuLoop, decode_gpu, stream_gpu
+from flash_inference.engine.sampling import Sampler, Sampling
+from flash_inference.errors import LengthError, NumericsError, TilingError
+from flash_inference.models import gpu, hyena
+from flash_inference.models.gpu import GpuDecoder, gpu_decoder
+from flash_inference.ops.causal_conv import causal_conv
+from flash_inference.ops.decode_step.triton import Shapes
+from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes, GpuBatchStep
+from flash_inference.ops.decode_step.triton_few import FEW as FEW_ROWS
+from flash_inference.ops.decode_step.triton_few import FewShapes, GpuFewStep
+from flash_inference.ops.noise import exponential, stream
+from flash_inference.ops.noise.triton import exponential_rows
+from flash_inference.testing import (
     greedy_differences,
     random_model,
 )
-from flash_inference.testing.ties import FACTOR  # noqa: E402
-from flash_inference.tiling import (  # noqa: E402
+from flash_inference.testing.ties import FACTOR
+from flash_inference.tiling import (
     Blocked,
     Relaxed,
     schedule,
@@ -46,21 +41,10 @@ from flash_inference.tiling import (  # noqa: E402
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("nan_memory")
 SOME = Shapes(mix=(8, 1), out=(8, 2), fc1=(32, 1), fc2=(8, 4), head=(16, 2))
 FEW = Shapes(mix=(16, 2), out=(16, 1), fc1=(64, 2), fc2=(16, 1), head=(32, 1))
 """One large program a kernel: the interpreter runs them one by one."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def test_fresh_memory_is_nan() -> None:
-    assert torch.empty(5).isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- the step
@@ -468,7 +452,7 @@ def test_a_drawn_run_is_drawn_from_the_models_logits() -> None:
 # -------------------------------------------------------------------------------------------------------------- batches
 
 NARROW = BatchShape(8, 2, 8)
-WIDE = BatchShape(16, 1, 8, registers=168)
+WIDE = BatchShape(16, 1, 8)
 SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE)
 TALL = BatchShapes(*(BatchShape(8, 2, 16) for _ in range(5)))
 STEPS = {"few": (None, GpuFewStep), "eight": (SMALL, GpuBatchStep), "many": (TALL, GpuBatchStep)}

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+import interpreted  # noqa: F401
 
-from flash_inference.errors import ShapeError  # noqa: E402
-from flash_inference.models.gpu import GRAPH  # noqa: E402
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add  # noqa: E402
-from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz  # noqa: E402
-from flash_inference.ops.tile_conv.triton import tile_rows  # noqa: E402
-from flash_inference.testing import direct_bound, fft_bound, storage_bound, tile_conv_oracle  # noqa: E402
-from kernel_laws import check_multiply  # noqa: E402
+# isort: split
+
+from flash_inference.errors import ShapeError
+from flash_inference.models.gpu import GRAPH
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add
+from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz
+from flash_inference.ops.tile_conv.triton import tile_rows
+from flash_inference.testing import direct_bound, fft_bound, storage_bound, tile_conv_oracle
+from kernel_laws import check_multiply
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def test_fresh_memory_is_nan() -> None:
-    assert torch.empty(5).isnan().all()
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles

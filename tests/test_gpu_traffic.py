@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
@@ -10,33 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+import interpreted  # noqa: F401
 
-import flash_inference as fi  # noqa: E402
-from family_models import family_model  # noqa: E402
-from flash_inference.engine import batch as batches  # noqa: E402
-from flash_inference.engine.batch_gpu import Flight, GpuBatch  # noqa: E402
-from flash_inference.engine.graphs import stream_gpu  # noqa: E402
-from flash_inference.engine.request import Request, Status  # noqa: E402
-from flash_inference.engine.sampling import Sampler, Sampling  # noqa: E402
-from flash_inference.errors import NumericsError, PlanError, StateError, TilingError  # noqa: E402
-from flash_inference.models import gpu  # noqa: E402
-from flash_inference.models.gpu import GRAPH, GpuDecoder  # noqa: E402
-from flash_inference.models.long_conv import LongConvConfig  # noqa: E402
-from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes  # noqa: E402
-from flash_inference.ops.tile_conv.fft_rows import TileFFT  # noqa: E402
-from flash_inference.testing import fft_bound, greedy_differences, random_model, tile_conv_oracle  # noqa: E402
-from flash_inference.tiling import Relaxed, schedule  # noqa: E402
-from flash_inference.tiling.schedule import Pricing  # noqa: E402
+# isort: split
+
+import flash_inference as fi
+from family_models import family_model
+from flash_inference.engine import batch as batches
+from flash_inference.engine.batch_gpu import Flight, GpuBatch
+from flash_inference.engine.graphs import stream_gpu
+from flash_inference.engine.request import Request, Status
+from flash_inference.engine.sampling import Sampler, Sampling
+from flash_inference.errors import NumericsError, PlanError, StateError, TilingError
+from flash_inference.models import gpu
+from flash_inference.models.gpu import GRAPH, GpuDecoder
+from flash_inference.models.long_conv import LongConvConfig
+from flash_inference.ops.decode_step.triton_batch import BatchShape, BatchShapes
+from flash_inference.ops.tile_conv.fft_rows import TileFFT
+from flash_inference.testing import fft_bound, greedy_differences, random_model, tile_conv_oracle
+from flash_inference.tiling import Relaxed, schedule
+from flash_inference.tiling.schedule import Pricing
 
 NAN, EPS = float("nan"), torch.finfo(torch.float32).eps
 slow = pytest.mark.slow
-NARROW, WIDE = BatchShape(8, 2, 8), BatchShape(16, 1, 8, registers=168)
+NARROW, WIDE = BatchShape(8, 2, 8), BatchShape(16, 1, 8)
 SMALL = BatchShapes(NARROW, NARROW, WIDE, NARROW, WIDE)
 
 

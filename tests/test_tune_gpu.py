@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels run on the GPU here: tests/gpu", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if type(triton.language.sigmoid).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+import interpreted  # noqa: F401
 
-from flash_inference.cli import tune_gpu  # noqa: E402
-from flash_inference.cli.tune_gpu import GpuCase, gpu_cases, measure_gpu  # noqa: E402
-from flash_inference.models import gpu, gpu_memory  # noqa: E402
-from flash_inference.models.gpu_memory import MANY, NEAR, NEAR_OF_MANY, near_side  # noqa: E402
-from flash_inference.ops.tile_conv import Choice, Measurement, measured  # noqa: E402
-from flash_inference.testing import random_model  # noqa: E402
+# isort: split
+
+from flash_inference.cli import tune_gpu
+from flash_inference.cli.tune_gpu import GpuCase, gpu_cases, measure_gpu
+from flash_inference.models import gpu, gpu_memory
+from flash_inference.models.gpu_memory import MANY, NEAR, NEAR_OF_MANY, near_side
+from flash_inference.ops.tile_conv import Choice, Measurement, measured
+from flash_inference.testing import random_model
 
 
 @pytest.mark.parametrize("batch", [1, 3])

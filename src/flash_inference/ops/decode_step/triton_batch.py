@@ -112,8 +112,7 @@ def _dot(w, a, sums):
 
 @triton.jit
 def _product(
-    v, weights, N: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    WIDE: tl.constexpr,
+    v, weights, N: tl.constexpr, B: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
     """Rows in pieces times v [B, N]: [ROWS, BATCH]. Three sums, so that no product waits long for the last one."""
     column = eights(tl.program_id(1) * BATCH, BATCH)
@@ -123,15 +122,15 @@ def _product(
     lasts = tl.zeros([WARPS, ROWS, BATCH], tl.float32)
     for c in tl.static_range(len(weights)):
         a = inputs[c]
-        if WIDE:
-            sums = tl.dot(weights[c].to(tl.float32), tl.trans(a, 0, 2, 1), sums, input_precision="tf32x3")
-        else:
+        if weights[c].dtype == tl.bfloat16:
             upper = _upper(a)
             rest = a - upper
             middle = _upper(rest)
             sums = _dot(weights[c], upper.to(tl.bfloat16), sums)
             rests = _dot(weights[c], middle.to(tl.bfloat16), rests)
             lasts = _dot(weights[c], (rest - middle).to(tl.bfloat16), lasts)
+        else:
+            sums = tl.dot(weights[c].to(tl.float32), tl.trans(a, 0, 2, 1), sums, input_precision="tf32x3")
     return tl.sum(sums + (rests + lasts), 0)
 
 
@@ -179,7 +178,7 @@ def project_and_mix(
     z, moments, centres, w, b, w_gamma, short_w, short_b, pending, history, near, diagonal, clock, out, offset,
     lane, C, eps, B: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
     BLOCK: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS:
-    tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, D] = x_0 z_last, as `triton.project_and_mix`; `b` holds W beta too, and `w_gamma` is W gamma.
 
@@ -227,7 +226,7 @@ def project_and_mix(
         gdc_wait()
         gdc_launch_dependents()
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
-    u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS, WIDE)
+    u = _product(z, weights, D, B, BATCH, GROUPS * ROWS, WARPS)
     u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 0, B, D)
     for j in tl.static_range(TAPS - 1):
         at = pending + (j * B + batch)[None, :] * W + channel[:, None]
@@ -246,7 +245,7 @@ def project_and_mix(
 @triton.jit
 def add_product(
     x, v, w, b, gamma, z, moments, centres, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, WHICH: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, WHICH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [B, D] += v [B, N] w [D, N]^T + b; z = gamma (x - centres[WHICH]), and the moments of every ROWS channels."""
     program = tl.program_id(0)
@@ -265,7 +264,7 @@ def add_product(
         gdc_wait()
         gdc_launch_dependents()
     centre = tl.load(centres + WHICH * B + batch, here, 0.0)[None, :]
-    new = stands + _product(v, weights, N, B, BATCH, ROWS, WARPS, WIDE)
+    new = stands + _product(v, weights, N, B, BATCH, ROWS, WARPS)
     tl.store(x + at, new, both)
     apart = tl.where(both, new - centre, 0.0)
     tl.store(z + at, scale * apart, both)
@@ -278,8 +277,8 @@ def add_product(
 @triton.jit
 def norm_expand(
     z, moments, centres, w, b, w_gamma, out, eps, B: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SHARE:
-    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, WIDE:
-    tl.constexpr, PDL: tl.constexpr,
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL:
+    tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = gelu(norm(x) w [N, D]^T + b), the tanh form of GELU."""
     owned = eights(tl.program_id(0) * ROWS, ROWS)
@@ -294,7 +293,7 @@ def norm_expand(
         gdc_wait()
         gdc_launch_dependents()
     total, squares, centre = _fetch_moments(moments, centres, batch, here, 1, B, D, SHARE, PROGRAMS)
-    u = _product(z, weights, D, B, BATCH, ROWS, WARPS, WIDE)
+    u = _product(z, weights, D, B, BATCH, ROWS, WARPS)
     u = _normed(u, slope, bias, total, squares, centre, centres, batch, here, eps, 1, B, D)
     tl.store(out + batch[None, :] * N + row[:, None], gelu(u), wanted[:, None] & here[None, :])
 
@@ -302,8 +301,8 @@ def norm_expand(
 @triton.jit
 def head(
     z, moments, centres, w, b, w_gamma, logits, best, best_at, V, eps, B: tl.constexpr, D: tl.constexpr, SHARE:
-    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, WIDE:
-    tl.constexpr, PDL: tl.constexpr,
+    tl.constexpr, PROGRAMS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL:
+    tl.constexpr,
 ):  # fmt: skip
     """logits [B, V] = norm(x) w [V, D]^T; each program also keeps its largest logits and the lowest tokens that have
     them, `best` and `best_at` [programs, B]. A row with a NaN among its logits keeps NaN.
@@ -322,7 +321,7 @@ def head(
         gdc_wait()
         gdc_launch_dependents()
     total, squares, _ = _fetch_moments(moments, centres, batch, here, 0, B, D, SHARE, PROGRAMS)
-    products = _product(z, weights, D, B, BATCH, ROWS, WARPS, WIDE)
+    products = _product(z, weights, D, B, BATCH, ROWS, WARPS)
     mean, inverse = _deviation(total, squares, eps, D)
     u = (products - mean[None, :] * slope) * inverse[None, :] + bias
     tl.store(logits + batch[None, :].to(tl.int64) * V + row[:, None], u, both)
@@ -360,21 +359,16 @@ def choose_and_embed(
 
 
 class BatchShape(NamedTuple):
-    """How a kernel is cut: output rows a program, warps that share its inputs, and sequences, a multiple of eight.
-
-    `registers` bounds those of a thread, so that the programs of the next kernel find room beside this one's and can
-    fetch their weights; None leaves it to the compiler.
-    """
+    """How a kernel is cut: output rows a program, warps that share its inputs, and sequences, a multiple of eight."""
 
     rows: int
     warps: int
     batch: int
-    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """What a launch takes of it."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+        return {"ROWS": self.rows, "WARPS": self.warps, "BATCH": self.batch, "num_warps": self.warps}
 
 
 @dataclass(frozen=True)
@@ -413,13 +407,6 @@ class BatchShapes:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Layer(Layer):
-    """Here gammas lie as they are, and `wide` tells which matrices are not bfloat16."""
-
-    wide: tuple[bool, bool, bool, bool]
-
-
 class GpuBatchStep(Step):
     """Launches one position of `batch` sequences through all layers, head and choice, on the current stream.
 
@@ -441,11 +428,10 @@ class GpuBatchStep(Step):
         self.shapes, self.pdl = shapes or BatchShapes.fit(batch, self.width, widest(layers, head_weight)), pdl
         self.inner, self.taps = layers[0].fc1[0].shape[0], layers[0].short[0].shape[0]
         self.layers = [
-            _Layer(
-                (layer.norm1[0].float(), layer.norm2[0].float()),
-                folded(layer.norm1, layer.in_proj), layer.short, layer.out_proj, folded(layer.norm2, layer.fc1),
-                layer.fc2, tuple(is_wide(m[0]) for m in (layer.in_proj, layer.out_proj, layer.fc1, layer.fc2)),
-            )  # type: ignore[arg-type]
+            Layer(
+                (layer.norm1[0].float(), layer.norm2[0].float()), folded(layer.norm1, layer.in_proj), layer.short,
+                layer.out_proj, folded(layer.norm2, layer.fc1), layer.fc2,
+            )
             for layer in layers
         ]  # fmt: skip
         self.programs = int(triton.cdiv(self.vocab, self.shapes.head.rows))
@@ -476,14 +462,10 @@ class GpuBatchStep(Step):
         """x -> logits, the mixer rows written, as `Step.forward`."""
         D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
         C, lanes, kernels = history.shape[1] // B, (self.order - 1) * D, self.kernels
-        more = {"launch_pdl": True} if pdl else {}
+        more, common = {"launch_pdl": True} if pdl else {}, {"B": B, "D": D, "PDL": pdl}
 
         def grid(shape: BatchShape, rows: int) -> tuple[int, int]:
             return int(triton.cdiv(rows, shape.rows)), int(triton.cdiv(B, shape.batch))
-
-        def settings(shape: BatchShape, wide: bool) -> dict[str, object]:
-            fixed = {"B": B, "D": D, "WIDE": wide, "PDL": pdl, **shape.options}
-            return {**fixed, "BATCH": shape.batch, "ROWS": shape.rows, "WARPS": shape.warps}
 
         def shares(share: int) -> dict[str, int]:
             return {"SHARE": share, "PROGRAMS": int(triton.next_power_of_2(-(-D // share)))}
@@ -496,33 +478,28 @@ class GpuBatchStep(Step):
                 self.z, self.moments, self.centres, *layer.mix, *layer.short, pending[number], history, self.near,
                 self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order,
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
-                **shares(s.fc2.rows if number else D), **settings(s.mix, layer.wide[0]), **early,
+                **shares(s.fc2.rows if number else D), **common, **s.mix.options, **early,
             )  # fmt: skip
             if number + 1 == len(self.layers) and after_mixing is not None:
                 after_mixing()
             kernels.add_product[grid(s.out, D)](
                 self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D,
-                WHICH=1, **settings(s.out, layer.wide[1]), **more,
+                WHICH=1, **common, **s.out.options, **more,
             )  # fmt: skip
             kernels.norm_expand[grid(s.fc1, F)](
                 self.z, self.moments, self.centres, *layer.fc1, self.hidden, eps, N=F, **shares(s.out.rows),
-                **settings(s.fc1, layer.wide[2]), **more,
+                **common, **s.fc1.options, **more,
             )  # fmt: skip
             kernels.add_product[grid(s.fc2, D)](
                 self.x, self.hidden, *layer.fc2, after[number], self.z, self.moments, self.centres, N=F,
-                WHICH=0, **settings(s.fc2, layer.wide[3]), **more,
+                WHICH=0, **common, **s.fc2.options, **more,
             )  # fmt: skip
         kernels.head[grid(s.head, self.vocab)](
             self.z, self.moments, self.centres, *self.head, self.logits, self.best, self.best_at, self.vocab, eps,
-            **settings(s.head, is_wide(self.head[0])), **shares(s.fc2.rows), **more,
+            **common, **s.head.options, **shares(s.fc2.rows), **more,
         )  # fmt: skip
 
     @property
     def _embedded(self) -> tuple[list[Tensor], dict[str, int]]:
         tensors = [self.layers[0].gammas[0], self.x, self.z, self.moments, self.centres]
         return tensors, {"B": self.batch, "K": int(triton.next_power_of_2(self.width))}
-
-
-def is_wide(weight: Tensor) -> bool:
-    """Whether a matrix must be multiplied as float32."""
-    return weight.dtype != torch.bfloat16
