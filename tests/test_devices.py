@@ -21,7 +21,7 @@ def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delitem(sys.modules, "flash_inference.models.gpu", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.endswith((".triton", ".fft_rows"))]:
+    for name in [name for name in sys.modules if name.endswith((".triton", ".fft_rows", ".triton_circle"))]:
         monkeypatch.delitem(sys.modules, name)
     device, reason = best_device()
     assert device == "cpu"

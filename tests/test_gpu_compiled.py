@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from flash_inference.ops.tile_conv.factors import Factor
+
 FOUND = find_spec("triton")  # not imported: other tests want its interpreter, which is chosen at the import
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(FOUND is None, reason="needs Triton")]
 
@@ -25,14 +27,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flash_inference.ops.decode_step import triton as one, triton_batch as many, triton_few as few
-from flash_inference.ops.tile_conv import fft_rows as fft, triton as tile
+from flash_inference.ops.tile_conv import triton as tile, triton_circle as circle
+from flash_inference.ops.tile_conv.factors import Factor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
 NUMBERS = ("offset", "lane", "C", "N", "V", "D", "source", "target", "S", "T", "taps", "start", "n", "position")
-NUMBERS += ("first", "count", "places", "wide", "skip")
+NUMBERS += ("first", "count", "wide", "sequences", "short", "over", "ring", "R", "column", "size", "width", "batch")
+NUMBERS += ("targets",)
 shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
 
-def made(kernel, warps, **constants):
+def made(kernel, warps, source_of=ASTSource, **constants):
     kinds = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32" if name in NUMBERS else "*fp32")
         for name in kernel.arg_names
@@ -41,8 +46,8 @@ def made(kernel, warps, **constants):
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ("N", "D", "C")
     }
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
+    source = source_of(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps} | ({"launch_pdl": True} if "PDL" in constants else {})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with open(sys.argv[1] + "/" + str(len(found)) + ".cubin", "wb") as file:
         file.write(compiled.asm["cubin"])
@@ -75,15 +80,23 @@ for batch, bytes_each in ((8, 2), (32, 2), (8, 4)):
     batched(many.head, tiles.head, **extra)
 outs, ins, lanes = tile.shape_for(64)
 made(tile._tile_rows, lanes // 32, OUTS=outs, INS=ins, LANES=lanes, TURNS=4, BATCH=1)
-made(fft._pack, 8, SIDE=64, UNIT=4, ROWS=0)
-made(fft._unpack_add, 8, SIDE=64, UNIT=4)
+TYPES["target"] = "i32"
+for size in (64, 128, 256):
+    launch = dict(Factor(size).launch)
+    def turning(kernel, **constants):
+        made(kernel, launch["num_warps"], GluonASTSource, **{k: launch[k] for k in "ETL"}, **constants)
+    turning(circle.across, WHOLE=True, MORE=False)
+    turning(circle.across, WHOLE=False, MORE=False)
+    turning(circle.inward, MORE=False)
+    turning(circle.outward)
 json.dump(found, sys.stdout)
 """
 VECTORS = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")
 KERNELS = ("mix", "out", "fc1", "fc2", "head")
 BATCHES = tuple(f"{rows} {kernel}" for rows in ("eight", "many") for kernel in KERNELS)
 WIDE = tuple(f"wide {kernel}" for kernel in KERNELS)
-TILES = ("tile", "pack", "unpack")
+SIZES, PASSES = (64, 128, 256), ("whole", "across", "inward", "outward")
+TILES = ("tile", *(f"{name} {size}" for size in SIZES for name in PASSES))
 VECTOR = {"mix": 6, "out": 6, "fc1": 6, "fc2": 24, "head": 6, "few mix": 18, "few fc1": 18, "few head": 18}
 """Loads of 16 bytes that one warp needs for its vectors of 768 or 3,072, divided among the warps below."""
 WARPS = {"out": 4, "fc2": 2}
@@ -161,7 +174,27 @@ def test_what_tiles_move_leaves_the_cache_first(kernels: dict[str, dict[str, str
     assert loads > 0
     assert others == 1  # the clock
     assert counted("tile", "st")[1] == 0
-    assert counted("pack", "ld")[0] > 0 == counted("pack", "ld")[1]
-    stores, others = counted("unpack", "st")
-    assert stores > 0 == others
-    assert counted("unpack", "ld")[0] == stores
+    for size in SIZES:
+        # The tables of turns, and when sequences began, are small and serve all: they may stay.
+        for name in PASSES:
+            assert counted(f"{name} {size}", "st")[1] == 0 < counted(f"{name} {size}", "st")[0]
+        # A lane's share of sources, targets, and both parts of spectra: each is loaded once.
+        share = size * Factor(size).channels // (32 * Factor(size).launch["num_warps"])
+        assert counted(f"whole {size}", "ld")[0] == 4 * share
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PASSES)
+def test_numbers_and_rows_change_places_in_one_pass(kernels: dict[str, dict[str, str]], name: str, size: int) -> None:
+    """Real and imaginary parts pass through shared memory once an exchange: a barrier before each reads or writes it.
+
+    All other arithmetic is between a lane's own numbers. A factor of 256 in scratch spills 8 bytes, since 512 threads
+    may have no more registers: fewer threads, which spill nothing, were slower.
+    """
+    kernel = kernels[f"{name} {size}"]
+    exchanges = 2 * (2 if name in ("whole", "across") else 1)
+    assert len(re.findall(r"bar\.sync", kernel["ptx"])) == 2 * exchanges - 1
+    assert "shfl" not in kernel["ptx"]
+    found = re.search(r"STACK:(\d+)", kernel["usage"])
+    assert found
+    assert int(found[1]) == 0 or (name, size) == ("across", 256)

@@ -11,11 +11,10 @@ import interpreted  # noqa: F401
 
 from flash_inference.errors import ShapeError
 from flash_inference.models.gpu import GRAPH
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, pack, unpack_add
+from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.toeplitz import tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
 from flash_inference.testing import direct_bound, fft_bound, storage_bound, tile_conv_oracle
-from kernel_laws import check_multiply
 
 EPS = torch.finfo(torch.float32).eps
 NAN = float("nan")
@@ -84,68 +83,9 @@ def test_tile_of_bfloat16_is_summed_in_float32(side: int) -> None:
 # ----------------------------------------------------------------------------------------------------- large tiles
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(("n", "places"), [(1, 2), (5, 9), (64, 128), (65, 130)])
-@pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(1, 6)])
-def test_pack_transposes_and_pads(n: int, places: int, channels: range, dtype: torch.dtype) -> None:
-    history = torch.full((n + 9, 71), NAN, dtype=dtype)
-    wanted = torch.randn(n, len(channels)).to(dtype)
-    history[4 : 4 + n, channels.start : channels.stop] = wanted
-    out = torch.empty(len(channels), places)
-    pack(history, 4, n, channels, out)
-    assert torch.equal(out[:, :n], wanted.T.float())
-    assert not out[:, n:].any()
-
-
-@pytest.mark.parametrize("channels", [range(0, 72), range(6, 66), range(9, 15)])
-@pytest.mark.parametrize("position", [0, 100, 2**31 + 5])
-def test_pack_reads_zeros_before_a_row_begins(channels: range, position: int) -> None:
-    """Three rows: one began long ago, one inside, one begins later; what stands before is NaN."""
-    n, since = 70, torch.tensor([0, position + 33, position + 70])
-    history = torch.randn(n + 9, 72)
-    alive = torch.arange(position, position + n)[:, None] >= since[torch.arange(72) % 3]
-    history[4 : 4 + n][~alive] = NAN
-    out = torch.empty(len(channels), 80)
-    pack(history, 4, n, channels, out, since, position)
-    wanted = torch.where(alive, history[4 : 4 + n], 0)[:, channels.start : channels.stop]
-    assert torch.equal(out[:, :n], wanted.T)
-    assert not out[:, n:].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(("n", "skip", "places"), [(1, 1, 2), (5, 4, 9), (64, 64, 128), (33, 65, 130)])
-@pytest.mark.parametrize("channels", [range(0, 1), range(3, 70), range(1, 6)])
-def test_unpack_adds_and_touches_nothing_else(
-    n: int, skip: int, places: int, channels: range, dtype: torch.dtype
+def check_fft(
+    size: int, sources: int, targets: int, lag: int, channels: range, kept: bool, dtype: torch.dtype = torch.float32
 ) -> None:
-    history = torch.randn(n + 9, 71).to(dtype)
-    before = history.clone()
-    sums = torch.full((len(channels), places), NAN)
-    sums[:, skip : skip + n] = torch.randn(len(channels), n)
-    unpack_add(sums, skip, history, 4, n, channels)
-    place, owed = (slice(4, 4 + n), slice(channels.start, channels.stop)), sums[:, skip : skip + n].T
-    exact = before[place].double() + owed
-    assert ((history[place] - exact).abs() <= storage_bound(before[place], owed, torch.finfo(dtype).eps)).all()
-    history[place] = before[place]
-    assert torch.equal(history, before)
-
-
-def test_what_is_packed_comes_back() -> None:
-    history = torch.randn(77, 67)
-    before, packed = history.clone(), torch.empty(61, 80)
-    pack(history, 3, 70, range(5, 66), packed)
-    unpack_add(packed, 0, history, 3, 70, range(5, 66))
-    before[3:73, 5:66] *= 2
-    assert torch.equal(history, before)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 256)])
-def test_multiply(shape: tuple[int, int], batch: int) -> None:
-    check_multiply(*shape, batch, "cpu")
-
-
-def check_fft(size: int, sources: int, targets: int, lag: int, channels: range, kept: bool) -> None:
     """`channels` of 7; all others, and rows that are neither source nor target, are NaN and stay so."""
     C, row = 7, sources + 3
     rho = torch.randn(C, lag + 2 * size - size // 2)
@@ -154,15 +94,18 @@ def check_fft(size: int, sources: int, targets: int, lag: int, channels: range, 
     if kept:
         fft.prepare(C, 3)
     start = row + lag
-    history = torch.full((start + targets + 5, C), NAN)
-    y, before = torch.randn(sources, 1, len(channels)), torch.randn(targets, 1, len(channels))
+    history = torch.full((start + targets + 5, C), NAN, dtype=dtype)
+    y = torch.randn(sources, 1, len(channels)).to(dtype)
+    before = torch.randn(targets, 1, len(channels)).to(dtype)
     inside = slice(channels.start, channels.stop)
     history[3:row, inside] = y[:, 0]
     history[start : start + targets, inside] = before[:, 0]
     whole = history.clone()
     fft.pay(history, range(3, row), range(start, start + targets), channels)
     owed = tile_conv_oracle(y, padded[inside], lag + 1, targets)
-    bound = storage_bound(before, owed, EPS) + fft_bound(y, padded[inside, lag : lag + 2 * size], 0, size, EPS)
+    bound = storage_bound(before, owed, torch.finfo(dtype).eps) + fft_bound(
+        y, padded[inside, lag : lag + 2 * size], 0, size, EPS
+    )
     got = history[start : start + targets, None, inside].double()
     assert ((got - before.double() - owed).abs() <= bound).all()
     history[start : start + targets, inside] = whole[start : start + targets, inside]
@@ -195,15 +138,69 @@ def test_a_tile_on_a_ring(first: int) -> None:
     assert short.isnan().all(1).sum() == ring + 6 - 32
 
 
-@pytest.mark.parametrize("size", [1, 2, 64])
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 128, 256, 512, 1024])
 def test_tile_by_fft_of_any_side(size: int) -> None:
+    """In one pass up to 256 places, in three above; all of 1 .. 7 channels, and targets that are cut short."""
     check_fft(size, size, size, size, range(1, 7), True)
+    check_fft(size, size, -(-size // 3), size, range(6, 7), True)
+
+
+@slow
+@pytest.mark.parametrize("size", [2048, 4096])
+def test_tile_by_fft_of_large_sides(size: int) -> None:
+    check_fft(size, size - 1, size, 16, range(5), True)
+
+
+@pytest.mark.parametrize(("sources", "targets"), [(513, 511), (1000, 24), (1023, 1)])
+def test_more_sources_than_a_circle_has_places(sources: int, targets: int) -> None:
+    check_fft(512, sources, targets, 9, range(2, 5), True)
+
+
+@pytest.mark.parametrize("size", [16, 512])
+def test_tile_by_fft_on_16_bit_state(size: int) -> None:
+    check_fft(size, size, size, 4, range(2, 7), True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [16, 512])
+@pytest.mark.parametrize("first", [0, 100, 2**31 + 5])
+def test_what_stands_before_a_row_begins_owes_nothing(size: int, first: int) -> None:
+    """Three rows on a ring: one began long ago, one inside the sources, one begins later; what stands before is NaN."""
+    rho, ring, batch = torch.randn(3, 3 * size), 2 * size + 40, 3
+    since = torch.tensor([0, first + size // 3, first + size])
+    fft = TileFFT(size, lambda begin, stop, cut: rho[cut.start : cut.stop, begin:stop], 4)
+    sources, targets = range(first, first + size), range(first + size + 4, first + 2 * size + 4)
+    history = torch.full((ring, 3 * batch), NAN)
+    rows, places = (torch.tensor([i % ring for i in some]) for some in (sources, targets))
+    alive = torch.arange(first, first + size)[:, None] >= since.repeat(3)
+    given, before = torch.randn(size, 3 * batch), torch.randn(size, 3 * batch)
+    history[rows], history[places] = torch.where(alive, given, NAN), before
+    fft.pay(history, sources, targets, range(3), batch, ring, since)
+    y = torch.where(alive, given, 0)[:, None]
+    taps = rho.repeat_interleave(batch, dim=0)
+    owed = tile_conv_oracle(y, taps, 5, size)
+    bound = storage_bound(before[:, None], owed, EPS) + fft_bound(y, taps[:, 4:], 0, size, EPS)
+    assert ((history[places, None].double() - before[:, None].double() - owed).abs() <= bound).all()
+    assert torch.equal(history[rows].nan_to_num(77.0), torch.where(alive, given, 77.0))
+
+
+@pytest.mark.parametrize(("inputs", "new"), [(16, 16), (5, 9), (1, 1), (300, 200)])
+def test_what_a_prompt_owes(inputs: int, new: int) -> None:
+    """From rows of another buffer, which may be narrower than where it goes."""
+    size = 16 if inputs <= 16 else 512
+    rho = torch.randn(5, 2 * size + 3)
+    fft = TileFFT(size, lambda first, stop, cut: rho[cut.start : cut.stop, first:stop], 3)
+    y, out = torch.randn(inputs, 5), torch.zeros(new, 5)
+    for lanes in (range(2), range(2, 5)):
+        fft.owe(y, out, lanes)
+    owed = tile_conv_oracle(y[:, None], rho, 4, new)[:, 0]
+    bound = fft_bound(y[:, None], rho[:, 3:], 0, size, EPS)
+    assert ((out - owed).abs()[:, None] <= bound).all()
 
 
 def test_a_tile_that_its_circle_cannot_hold_is_refused() -> None:
     fft = TileFFT(16, lambda first, stop, cut: torch.zeros(len(cut), stop - first), 4)
     for sources, targets in ((range(16), range(16, 32)), (range(20), range(24, 40))):
-        with pytest.raises(ShapeError, match="expected 4 rows between them and at most 32 in both"):
+        with pytest.raises(ShapeError, match="expected 4 rows between them, at most 16 targets and at most 32 rows"):
             fft.pay(torch.zeros(80, 3), sources, targets, range(3))
 
 

@@ -83,17 +83,28 @@ def direct_sums(history: Tensor, rho: Tensor, sources: range, targets: range, cl
     history[t] += (taps * history[s]).sum(1)
 
 
-def plain_circle(fft: TileFFT, places: Tensor, rho: Tensor, batch: int) -> Tensor:
-    """What TileFFT computes on its circles, likewise."""
-    n = places.shape[1]
-    return torch.fft.irfft(torch.fft.rfft(places) * rho.repeat_interleave(batch, dim=0), n=n, norm="forward")
+def plain_turn(
+    fft: TileFFT, given: Tensor, sources: range, out: Tensor, targets: range, channels: range, batch: int,
+    ring: int | None = None, since: Tensor | None = None, scratch: Tensor | None = None, more: bool = False,
+) -> None:  # fmt: skip
+    """What TileFFT computes, likewise."""
+    S, T, n = len(sources), len(targets), 4 * fft.size
+    lanes = slice(channels.start * batch, channels.stop * batch)
+    read, write = (torch.tensor([i % ring if ring else i for i in some]) for some in (sources, targets))
+    y = given[read, lanes]
+    if since is not None:
+        early = torch.arange(sources.start, sources.stop)[:, None] < since.repeat(len(channels))
+        y = y.masked_fill(early, 0)
+    rho = fft.taps(fft.lag, fft.lag + 2 * fft.size, channels).repeat_interleave(batch, dim=0)
+    z = torch.fft.irfft(torch.fft.rfft(y.T, n=n) * torch.fft.rfft(rho, n=n), n=n)
+    out[write, lanes] += z[:, S : S + T].T
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Squares and circles by PyTorch."""
     monkeypatch.setattr(gpu, "tile_rows", direct_sums)
-    monkeypatch.setattr(TileFFT, "_circle", plain_circle)
+    monkeypatch.setattr(TileFFT, "_turn", plain_turn)
 
 
 def prompt_of(n: int, seed: int) -> Tensor:
@@ -280,9 +291,9 @@ def test_what_an_engine_on_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(batches, "on_graphs", lambda model: True)
     with pytest.raises(TilingError, match="an engine runs on its own tiling"):
         fi.Engine(model, slots=1, new_tokens=20, tiling=Relaxed(None, taps=32))
-    with pytest.raises(PlanError, match=r"4000 slots for 20 new tokens each need .* (19|20)\d\d slots would fit"):
-        fi.Engine(model, slots=4000, new_tokens=20, memory=needed(model, 2000))
-    assert fi.Engine(model, slots=2, new_tokens=20, memory=1 << 40).batch.ring == 256
+    with pytest.raises(PlanError, match=r"40000 slots for 20 new tokens each need .* (19|20)\d\d\d slots would fit"):
+        fi.Engine(model, slots=40_000, new_tokens=20, memory=needed(model, 20_000))
+    assert fi.Engine(model, slots=2, new_tokens=20, memory=1 << 40).batch.ring == 128
 
 
 def needed(model: fi.LanguageModel, slots: int) -> int:

@@ -11,7 +11,7 @@ import flash_inference as fi
 from flash_inference.engine.plan_gpu import plan_gpu
 from flash_inference.errors import ModelError, PlanError, TilingError
 from flash_inference.models.backbone import LanguageModel
-from flash_inference.models.gpu_memory import GRAPH, GpuRunShape, GpuShape, fitted, gpu_bytes, near_side
+from flash_inference.models.gpu_memory import GRAPH, NEAR, GpuRunShape, GpuShape, fitted, gpu_bytes, near_side
 from flash_inference.models.stu import STUConfig
 from flash_inference.testing import random_model
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Staggered
@@ -81,7 +81,7 @@ def test_a_plan_adds_up_and_says_how_it_decodes() -> None:
     made = plan_gpu(shapes_only(), max_new_tokens=1 << 15, free=80 * GIB, narrow=True)
     parts = made.state + made.filters + made.spectra + made.workspace + made.weights + made.graphs
     assert made.total == parts
-    assert made.tiling == Staggered((1 << 15) - 1, near=256, block=GRAPH)
+    assert made.tiling == Staggered((1 << 15) - 1, near=NEAR, block=GRAPH)
     assert made.state == pytest.approx(4 * (1 << 15) * 4 * 256, rel=0.02)
     assert {layer.decodes for layer in made.layers} == {"tiles", "FIR ring"}
 

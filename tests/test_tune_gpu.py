@@ -11,7 +11,7 @@ import interpreted  # noqa: F401
 from flash_inference.cli import tune_gpu
 from flash_inference.cli.tune_gpu import GpuCase, gpu_cases, measure_gpu
 from flash_inference.models import gpu, gpu_memory
-from flash_inference.models.gpu_memory import MANY, NEAR, NEAR_OF_MANY, near_side
+from flash_inference.models.gpu_memory import MANY, NEAR, near_side
 from flash_inference.ops.tile_conv import Choice, Measurement, measured
 from flash_inference.testing import random_model
 
@@ -93,7 +93,7 @@ def test_tensor_cores_count_as_sums() -> None:
 def test_no_square_is_larger_than_a_step_can_hide(monkeypatch: pytest.MonkeyPatch) -> None:
     won = Choice(tuple(table({side: (1, 9) for side in (32, 64, 128, 256, 512)})))
     monkeypatch.setattr(gpu_memory, "measured", lambda: won)
-    assert [near_side("G", batch, 64) for batch in (1, 2, 32)] == [NEAR, NEAR_OF_MANY, NEAR_OF_MANY]
+    assert [near_side("G", batch, 64) for batch in (1, 2, 32)] == [NEAR, NEAR, NEAR]
 
 
 def test_a_table_keeps_what_it_says_of_other_devices() -> None:

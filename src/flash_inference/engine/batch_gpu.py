@@ -159,16 +159,23 @@ class GpuBatch(GraphClock):
         with self.on("main"):
             for draw in self._draws:
                 self.draw = draw
-                for side in sorted({self._side(n) for n in range(GRAPH, 2 * self.near + 1, GRAPH)}):
-                    self._sixteen(side)
+                self._sixteen()
             self._embed(0, 0)
         with self.reading():
             self.reader.prepare()
-            new = self.decoder.room.lives
-            while new and self.decoder.channels:
-                self.decoder.owed(torch.zeros(self.decoder.channels, GRAPH, device=self.device), new)
-                new //= 2
-        self.decoder.hold(self.batch)
+            for prompt, new in self._joins() if self.decoder.channels else ():
+                self.decoder.owed(torch.zeros(self.decoder.channels, prompt, device=self.device), new)
+
+    def _joins(self) -> Iterator[tuple[int, int]]:
+        """(prompt, new positions) of requests that together run every kernel that a join runs."""
+        new = self.decoder.room.lives
+        while new:
+            yield GRAPH, new
+            new //= 2
+        prompt = GRAPH
+        while prompt <= min(READ, self.decoder.length):
+            yield prompt, self.decoder.room.lives
+            prompt *= 2
 
     def reading(self) -> AbstractContextManager[Any]:
         """Where prompts are read: on a stream of their own, beside the graphs."""
@@ -312,8 +319,9 @@ class GpuBatch(GraphClock):
         self.step.embed(run.clock, run.tokens, run.host_tokens, run.stamps, 0, last=False, greedy=False, pdl=False)
 
     def _pay(self, chunk: Any) -> None:
-        fft = self.decoder.ffts[chunk.size]
-        fft.pay(self.run.history, chunk.sources, chunk.targets, chunk.channels, self.batch, self.ring, self._since)
+        fft, scratch = self.decoder.ffts[chunk.size], self.decoder.scratch
+        sources, targets = chunk.sources, chunk.targets
+        fft.pay(self.run.history, sources, targets, chunk.channels, self.batch, self.ring, self._since, scratch)
 
     def _used_by(self, *given: Tensor) -> None:
         """The allocator leaves these alone until the streams have read them."""

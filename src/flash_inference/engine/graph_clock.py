@@ -38,16 +38,15 @@ class GraphClock:
         self.tiling = self.groups.tilings[0] if decoder.bounded else Relaxed(span)
         self.pricing, self.schedule = decoder.pricing, Schedule(GRAPH)
         self.launched = self.late = 0
-        self._captured: dict[tuple[Any, int], torch.cuda.CUDAGraph] = {}
+        self._captured: dict[Any, torch.cuda.CUDAGraph] = {}
         self._ends: list[tuple[int, Any]] = []
         self._paced: deque[Any] = deque()
         self.cuda = self.device.type == "cuda"
         self.main: Any = decoder.main if self.cuda else None
-        self.side: Any = decoder.side if self.cuda else None
         self.back: Any = decoder.back if self.cuda else None
 
     def on(self, stream: str) -> AbstractContextManager[Any]:
-        """Launches on that stream of the device: "main", "side", "back"."""
+        """Launches on that stream of the device: "main", "back"."""
         return torch.cuda.stream(getattr(self, stream)) if self.cuda else nullcontext()
 
     def close(self) -> None:
@@ -62,16 +61,22 @@ class GraphClock:
             self._paced.popleft().synchronize()
 
     def launch(self) -> None:
-        """Releases the chunks of this boundary and launches the next 16 positions."""
+        """Releases the chunks of this boundary, launches the next 16 positions, and the square behind them."""
         n = self.launched * GRAPH
         with self.on("main"):
             self._boundary(n)
-            side = self._side(n + GRAPH)
             if self.graphs and self.cuda:
-                self._sixteen(side).replay()
+                self._sixteen().replay()
             else:
-                positions(self.decoder, self.step, self.run, side, self.side, self.draw)
+                positions(self.decoder, self.step, self.run, self.draw)
+            self._behind(n + GRAPH)
         self.launched += 1
+
+    def _behind(self, n: int) -> None:
+        """Pays the square that is due at once when n positions are known: behind the last graph, before the next."""
+        side = self._side(n)
+        if side:
+            self.decoder.pay_square(self.run, side)
 
     def _side(self, n: int) -> int:
         """The side of the square that is paid at once when n positions behind the prompt are known; 0 for none."""
@@ -126,26 +131,24 @@ class GraphClock:
 
     def _pay(self, chunk: Chunk) -> None:
         rows = self.run.history[self.run.lead :]
-        self.decoder.ffts[chunk.size].pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch)
+        fft, scratch = self.decoder.ffts[chunk.size], self.decoder.scratch
+        fft.pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch, scratch=scratch)
 
     def _pay_square(self, tile: Rectangle) -> None:
         """A Relaxed square at once."""
         rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[len(tile.sources)]
         for some in self.decoder.pieces(self.batch):
-            fft.pay(rows, tile.sources, tile.targets, some, self.batch)
+            fft.pay(rows, tile.sources, tile.targets, some, self.batch, scratch=self.decoder.scratch)
 
-    def _sixteen(self, side: int) -> torch.cuda.CUDAGraph:
-        return self._graph(
-            (self.draw, side), lambda: positions(self.decoder, self.step, self.run, side, self.side, self.draw)
-        )
+    def _sixteen(self) -> torch.cuda.CUDAGraph:
+        return self._graph(self.draw, lambda: positions(self.decoder, self.step, self.run, self.draw))
 
-    def _graph(self, key: tuple[Any, int], launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of an offset, or of all with the same choice, and the side behind it: captured when first used."""
+    def _graph(self, key: Any, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of an offset, or of all with the same choice: captured when first used."""
         if key not in self._captured:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.main):
                 launch()
             self._captured[key] = graph
-            self.decoder.hold(self.batch)
         return self._captured[key]

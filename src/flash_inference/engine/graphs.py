@@ -86,35 +86,35 @@ class GpuLoop(GraphClock):
         """
         n, offset = divmod(self.position, GRAPH)
         self.position += 1
-        side = self._side((n + 1) * GRAPH) if offset + 1 == GRAPH else 0
         with self.on("main"):
             if not offset:
                 self._boundary(n * GRAPH)
             self.step.token.copy_(tokens)
             if self.graphs and n and self.cuda:
-                self._graph((offset, side), lambda: self._one(offset, side)).replay()
+                self._graph(offset, lambda: self._one(offset)).replay()
             else:
-                self._one(offset, side)
+                self._one(offset)
+            if offset + 1 == GRAPH:
+                self._behind((n + 1) * GRAPH)
             return self.step.logits.view(self.batch, -1).cpu()
 
-    def _one(self, offset: int, side: int) -> None:
+    def _one(self, offset: int) -> None:
         """One position whose tokens are given: embedded by the kernel that the graphs of 16 end with, then run."""
         run, step = self.run, self.step
         step.embed(
             run.clock, run.tokens, run.host_tokens, run.stamps, offset, last=False, greedy=False, pdl=False
         )  # fmt: skip
         step.forward(run.history, run.pending, run.clock, offset)
-        if side:
-            self.decoder.pay_square(run, side)
         if offset + 1 == GRAPH:
-            run.clock += GRAPH
+            # The second number says where the block began.
+            run.clock[:1] += GRAPH
+            run.clock[2:] += GRAPH
 
     def prepare(self) -> None:
-        """Captures every graph that the run will replay; otherwise each is captured when it is first needed."""
+        """Captures the graph that the run will replay; otherwise it is captured when it is first needed."""
         if self.cuda and self.graphs:
             with self.on("main"):
-                for side in sorted({self._side(n * GRAPH) for n in range(1, self.count + 1)}):
-                    self._sixteen(side)
+                self._sixteen()
 
     def __iter__(self) -> Iterator[Any]:
         """The tokens, as the device makes them.

@@ -18,7 +18,6 @@ from flash_inference.models.block import BlockPast
 from flash_inference.models.fused import unfused
 from flash_inference.models.gpu_hyena import HyenaSteps
 from flash_inference.models.gpu_memory import (
-    CHUNK,
     GRAPH,
     MANY,
     OWED,
@@ -36,7 +35,6 @@ from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplay
 from flash_inference.models.side_by_side import SideBySide
 from flash_inference.ops.decode_step.triton import GpuStep, Shapes
 from flash_inference.ops.decode_step.triton_batch import BatchShapes, GpuBatchStep
-from flash_inference.ops.l2_window import leaves_first
 from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.ops.tile_conv.toeplitz import LARGEST, SMALLEST, tile_toeplitz
 from flash_inference.ops.tile_conv.triton import tile_rows
@@ -136,8 +134,7 @@ class GpuDecoder:
         self.channels, self.padded = filters.channels, filters.padded
         if self.device.type == "cuda":
             # Of two kernels that wait, the device starts the one of higher priority: steps before tiles.
-            self.main = torch.cuda.Stream(priority=-5)
-            self.side, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
+            self.main, self.back = torch.cuda.Stream(priority=-5), torch.cuda.Stream(priority=0)
         with torch.inference_mode(False), torch.no_grad():
             taps = self.padded(0, 2 * near + 1, range(self.channels))
             self.near, self.by_channel = taps.T.contiguous(), taps.contiguous() if batch >= MANY else None
@@ -155,7 +152,8 @@ class GpuDecoder:
             self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
             if size in self.plan.kept:
                 fft.prepare(self.channels, max(1, min(self.points // (4 * size), config.width)))
-        self._largest: dict[int, int] = {}
+        self.scratch = torch.empty(self.room.scratch(self.channels, config.width), device=self.device)
+        self._warmed = set[int]()
         if batch == 1:
             self._warm(self.step, 1)
 
@@ -260,7 +258,7 @@ class GpuDecoder:
         return out
 
     def pay_square(self, run: GpuRun, side: int) -> None:
-        """Pays the square behind the block of positions that `run.clock[1]` begins: directly, or on tensor cores."""
+        """Pays the square behind the block of positions that `run.clock[1]` began: directly, or on tensor cores."""
         if self.by_channel is not None and run.batch >= MANY and SMALLEST <= side <= LARGEST:
             tile_toeplitz(run.history, self.by_channel, side, GRAPH - side, run.clock[1:], run.batch)
         else:
@@ -276,14 +274,15 @@ class GpuDecoder:
         """
         P, near = inputs.shape[1], self.near_side
         out = torch.zeros(new, self.channels, device=self.device)
-        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
+        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and fft.size >= max(P, new - near))
         far = next(fits, None) if new > near else None
         first = new if far is None else near
         known = P + min(first, new) <= self.early.shape[1]
-        soon = TileFFT(next_power(P + min(first, new)) // 2, self._early if known else self.padded)
+        soon = TileFFT(next_power(max(P, first)), self._early if known else self.padded)
+        rows_of = inputs.T.contiguous()
         for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
             for lanes in self._lanes(2 * fft.size):
-                fft.owe(inputs, rows, lanes)
+                fft.owe(rows_of, rows, lanes)
         return out
 
     def _early(self, first: int, stop: int, lanes: range) -> Tensor:
@@ -312,34 +311,18 @@ class GpuDecoder:
         step.start(torch.zeros(batch, self.config.width, device=self.device))
         torch.cuda.synchronize()
         with torch.cuda.stream(self.main):
+            positions(self, step, run)
             while side <= self.near_side and self.channels:
-                positions(self, step, run, side, None)
-                run.clock.fill_(run.lead)
+                self.pay_square(run, side)
                 side *= 2
-            positions(self, step, run, 0, None)
-        if batch not in self._largest:
-            cuts = replace(self.room, batch=batch).cuts(self.channels, self.config.width) if self.channels else set()
+        if batch not in self._warmed and self.channels:
+            room = replace(self.room, batch=batch)
             with torch.cuda.stream(self.back if self.bounded else self.main):
-                for size, channels in sorted(cuts):
-                    self.ffts[size].warm(run.history, channels, batch)
-            self._largest[batch] = max((size * channels for size, channels in cuts), default=0)
+                for size, fft in self.ffts.items():
+                    widest = room.widest(size, self.channels, self.config.width)
+                    fft.warm(run.history, widest, batch, self.scratch, more=size == room.sides[-1])
+            self._warmed.add(batch)
         torch.cuda.synchronize()
-
-    def hold(self, batch: int) -> None:
-        """Leaves memory for chunks with the allocator, in one piece, so that none has to ask the driver in a run.
-
-        That would stall the run for milliseconds. Whoever captures a graph calls it afterwards, for a capture gives all
-        that the allocator keeps back to the driver. What chunks write there makes room for the weights in the cache.
-        """
-        most = self._largest.get(batch, 0)
-        if not self.bounded or not most:
-            return
-        with torch.cuda.stream(self.back):
-            held = [torch.empty(CHUNK * most * batch, dtype=torch.uint8, device=self.device)]
-            # Small tensors come from pages of their own.
-            held += [torch.empty(1 << 19, dtype=torch.uint8, device=self.device) for _ in range(8)]
-            leaves_first(self.back, held[0])
-            del held
 
 
 def unusable(weight: Tensor) -> str | None:
@@ -382,30 +365,10 @@ def gpu_decoder(
     return kept[1]
 
 
-def positions(
-    decoder: GpuDecoder, step: AnyStep, run: GpuRun, side: int, fork: torch.cuda.Stream | None,
-    draw: Callable[[Tensor], Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Launches a graph's positions, and behind the last one's mixer rows the square of that side, on `fork` if given.
-
-    `draw` makes the token from the logits, on the device; None takes the largest.
-    """
-
-    def pay() -> None:
-        decoder.pay_square(run, side)
-
-    def beside() -> None:
-        assert fork is not None
-        fork.wait_event(torch.cuda.current_stream().record_event())
-        with torch.cuda.stream(fork):
-            pay()
-
+def positions(decoder: GpuDecoder, step: AnyStep, run: GpuRun, draw: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Launches a graph's positions. `draw` makes tokens from logits, on the device; None takes the largest."""
     for offset in range(GRAPH):
-        last = offset + 1 == GRAPH
-        after = None if not (last and side) else (pay if fork is None else beside)
         step.launch(
-            run.history, run.pending, run.clock, run.tokens, run.host_tokens, run.stamps, offset, last=last,
-            after_mixing=after, draw=draw,
+            run.history, run.pending, run.clock, run.tokens, run.host_tokens, run.stamps, offset,
+            last=offset + 1 == GRAPH, draw=draw,
         )  # fmt: skip
-    if side and fork is not None:
-        torch.cuda.current_stream().wait_event(fork.record_event())

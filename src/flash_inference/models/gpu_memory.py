@@ -13,6 +13,7 @@ from flash_inference.errors import PlanError
 from flash_inference.filters import ImplicitFilter
 from flash_inference.models.fused import unfused
 from flash_inference.ops.tile_conv import measured
+from flash_inference.ops.tile_conv.factors import scratch_numbers
 from flash_inference.tiling import Staggered
 from flash_inference.tiling.schedule import Groups, Pricing
 from flash_inference.tiling.triangle import next_power
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 GRAPH = 16
 """Positions a graph; pairs inside them are inline."""
-NEAR, NEAR_OF_MANY = 256, 128
-"""Largest side that is paid at once, of one row and of several; less where `flash-inference tune` says so."""
+NEAR = 64
+"""Largest side that is paid at once; less where `flash-inference tune` says so. Larger ones stand out among steps."""
 MANY = 16
 """Rows from which squares are paid on tensor cores, from the first taps channel by channel: fewer leave them idle."""
 BLAS = 32 << 20
@@ -36,8 +37,6 @@ READ = 2048
 """Positions of a prompt that are read at once beside running rows."""
 NODE = 4096
 """About the bytes of a kernel in a captured graph. They are the driver's: PyTorch's allocator does not count them."""
-CHUNK = 64
-"""Bytes a source and channel that are held for chunks of tiles: twice what one has in flight, against fragments."""
 MARGIN = 1 << 30
 """Left free beside the spectra: blocks that the allocator keeps between two uses, cuFFT's tables, the driver's."""
 
@@ -45,10 +44,9 @@ MARGIN = 1 << 30
 def near_side(device: str, batch: int, channels: int) -> int:
     """The largest side to pay at once on a GPU of that name: as `flash-inference tune` measured it, or a default.
 
-    At most the default: a larger square takes longer than a step, and its positions would stand out.
+    At most the default: a larger square would make its position stand out, and cost more than one by transforms.
     """
-    most = NEAR if batch == 1 else NEAR_OF_MANY
-    return max(GRAPH, min(most, measured().crossover_on(device, batch, channels) or most))
+    return max(GRAPH, min(NEAR, measured().crossover_on(device, batch, channels) or NEAR))
 
 
 def fits_bfloat16(weight: Tensor) -> bool:
@@ -171,21 +169,19 @@ class GpuRunShape:
         width = max(2, width // self.batch // 2 * 2)
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
-    def cuts(self, channels: int, width: int) -> set[tuple[int, int]]:
-        """(size, channels) of all chunks of a run; `width` is a layer's."""
-        if not self.bounded:
-            return {(size, len(piece)) for size in self.sides for piece in self.pieces(channels, width)}
-        groups, widths = self.groups(self.length, channels), self.pricing.widths
-        span = 2 * self.top if self.lives else self.length
-        tiles = {(size, len(some)) for n in range(0, span, self.near) for size, _, some in groups.after(n)}
-        return {(size, len(part)) for size, count in tiles for part in widths(size, range(count), self.batch)}
-
     def widest(self, size: int, channels: int, width: int) -> int:
         """Channels of the widest chunk of that size."""
         if not self.bounded:
             return len(self.pieces(channels, width)[0])
         most = self.groups(self.length, channels).most(size)
         return len(self.pricing.widths(size, range(most), self.batch)[0])
+
+    def scratch(self, channels: int, width: int) -> int:
+        """Numbers that the largest chunk works on, or the largest part of a Relaxed square; `width` is a layer's."""
+        sizes = self.sides if channels else ()
+        return max(
+            (scratch_numbers(size, self.widest(size, channels, width) * self.batch) for size in sizes), default=0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +216,14 @@ def points_at_once(channels: int, length: int) -> int:
 def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     """The bytes of a run that may keep `spectra` bytes of spectra: small sides first, since they are used most.
 
-    The most at one time is the largest of three: spectra being made, kernels being tried on scratch, and the run.
+    The most at one time is the largest of three: spectra being made, kernels being tried, and the run.
     """
     C, B = shape.channels, run.batch
     near_taps = 4 * C * (2 * run.near + 1)
     first_taps = 4 * C * min(READ + run.near, run.length) if run.lives else 0
     kept, used = list[int](), 0
     for size in run.sides:
-        cost = 8 * (size + 1) * C
+        cost = 8 * size * C
         if used + cost <= spectra:
             kept.append(size)
             used += cost
@@ -235,8 +231,9 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
-    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + _tile(shape, run, kept, 40)
-    at_once = max(_prefill(shape, run), _tile(shape, run, kept, CHUNK if run.bounded else 32))
+    scratch, spectrum = 4 * run.scratch(C, shape.width), _spectrum(shape, run, kept)
+    tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + spectrum
+    at_once = max(_prefill(shape, run), spectrum)
     if B > 1:
         made = max(made, 8 * shape.largest)
     return GpuBytes(
@@ -245,8 +242,8 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
         filters=near_taps * (2 if B >= MANY else 1) + first_taps + 8 * C,
         spectra=used,
         state=state,
-        workspace=small + BLAS + max(state + at_once, tried, made, 2 * near_taps) - state,
-        graphs=NODE * GRAPH * (4 * shape.layers + 2) * (run.near.bit_length() - GRAPH.bit_length() + 2),
+        workspace=small + scratch + BLAS + max(state + at_once, tried, made, 2 * near_taps) - state,
+        graphs=NODE * GRAPH * (4 * shape.layers + 2) * (3 if run.lives else 1),
         kept=tuple(kept),
     )
 
@@ -265,17 +262,14 @@ def _made(channels: int, shape: GpuShape, n: int, length: int) -> int:
     return max(_taps(shape, points, n), 2 * 4 * shape.hidden * n + 32 * points)
 
 
-def _tile(shape: GpuShape, run: GpuRunShape, kept: list[int], each: int) -> int:
-    """A chunk of a tile in flight: `each` bytes a source and channel, beside the hidden layers that a prompt left.
-
-    Where a side's spectra are made anew, its own hidden layers take their place.
-    """
-    most = left = 2 * 4 * shape.hidden * run.length
+def _spectrum(shape: GpuShape, run: GpuRunShape, kept: tuple[int, ...] | list[int]) -> int:
+    """A chunk's spectrum made anew, where it is not kept, beside the hidden layers that a prompt left or its own."""
+    most = 2 * 4 * shape.hidden * run.length
     for size in run.sides if shape.channels else ():
-        width = run.widest(size, shape.channels, shape.width)
-        points = width * run.batch * size
-        made = 24 * points + 16 * width * size + _taps(shape, 2 * width * size, 2 * size) + BLAS
-        most = max(most, each * points + left if size in kept else made)
+        if size not in kept:
+            points = run.widest(size, shape.channels, shape.width) * size
+            made = max(_taps(shape, 2 * points, 2 * size), 2 * 4 * shape.hidden * 2 * size + 24 * points)
+            most = max(most, made + BLAS)
     return most
 
 

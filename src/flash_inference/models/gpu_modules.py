@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,7 +59,6 @@ class ModuleStep(Step):
     ) -> None:
         self.model, self.lanes, self.batch = model, lanes, batch
         self.near, self.diagonal, self.block = near, diagonal, block
-        self.last = max((number for number, some in enumerate(lanes) if some), default=-1)
         self._scratch()
 
     def _scratch(self) -> None:
@@ -75,17 +73,12 @@ class ModuleStep(Step):
         self.x.copy_(rows)
 
     @torch.no_grad()
-    def forward(
-        self, history: Tensor, pending: Any, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, history: Tensor, pending: Any, clock: Tensor, offset: int) -> None:
         """x -> logits, the mixers' rows written and their pasts advanced. history [rows, C B]."""
         x, moment = self.x[:, None], Moment(clock[:1] + pending.turned + offset, pending.start)
         for number, (block, pasts) in enumerate(zip(self.model.blocks, pending.mixers, strict=True)):
             mix = partial(self._mix, history, clock, offset, self.lanes[number])
             x = block.extend(x, BlockPast(pasts, moment, mix))
-            if number == self.last and after_mixing is not None:
-                after_mixing()
         self.logits.copy_(self.model.head(self.model.norm(x))[:, 0])
 
     def _mix(self, history: Tensor, clock: Tensor, offset: int, lanes: list[range], o: int, y: Tensor) -> Tensor:

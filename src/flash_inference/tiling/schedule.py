@@ -82,16 +82,16 @@ class Pricing:
     """How tiles are cut: into chunks of about `target` microseconds, at `points` (V x channels) a microsecond."""
 
     target: float = 60.0
-    points: float = 20_000.0
+    points: float = 40_000.0
 
     def rate(self, size: int) -> float:
-        """Points a microsecond; the largest transforms take more passes."""
-        return self.points / (1.0 if size < 32768 else 1.4)
+        """Points a microsecond; the largest transforms move more slowly."""
+        return self.points / (1.0 if size < 32768 else 1.2)
 
     def widths(self, size: int, channels: range, batch: int = 1) -> list[range]:
         """The channels of each chunk of a tile of that size, each for `batch` sequences; 8 transforms at least.
 
-        Chunks begin at even channels: spectra of odd lengths are aligned there, and kernels are compiled for that.
+        Whole blocks of 32 or 8 channels, where rows stand for one sequence: what memory moves at once.
         """
         width = max(8, int(self.target * self.rate(size) / size))
         width = width // 32 * 32 if width >= 32 else width // 8 * 8

@@ -443,14 +443,8 @@ class Step:
     def _scratch(self) -> None:
         raise NotImplementedError
 
-    def forward(
-        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D].
-
-        `after_mixing` is called behind the last layer's mixer row, when all inputs of the position are known.
-        """
+    def forward(self, history: Tensor, pending: Tensor, clock: Tensor, offset: int) -> None:
+        """x -> logits, the mixer rows written. history [rows, M D B], pending [layers, taps - 1, B, (N + 1) D]."""
         raise NotImplementedError
 
     def embed(
@@ -473,14 +467,13 @@ class Step:
 
     def launch(
         self, history: Tensor, pending: Tensor, clock: Tensor, tokens: Tensor, host_tokens: Tensor, stamps: Tensor,
-        offset: int, *, last: bool, after_mixing: Callable[[], None] | None = None,
-        draw: Callable[[Tensor], Tensor] | None = None,
+        offset: int, *, last: bool, draw: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         """One position: x -> logits -> tokens -> x.
 
         `draw` makes the tokens from the logits instead of the largest; below 0 one tells that they are not finite.
         """
-        self.forward(history, pending, clock, offset, after_mixing)
+        self.forward(history, pending, clock, offset)
         if draw is not None:
             self.token.copy_(draw(self.logits))
         self.embed(
@@ -540,10 +533,7 @@ class GpuStep(Step):
         self.x.copy_(placed(rows[0].float()))
         self.centres[0] = rows[0].float().mean()
 
-    def forward(
-        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, history: Tensor, pending: Tensor, clock: Tensor, offset: int) -> None:
         """x -> logits, the mixer rows written, as `Step.forward`."""
         D, F, eps, s, pdl = self.width, self.inner, self.eps, self.shapes, self.pdl
         C, lanes, kernels = history.shape[1] // self.batch, (self.order - 1) * D, self.kernels
@@ -558,8 +548,6 @@ class GpuStep(Step):
                 self.diagonal, clock, self.mixed, offset, number * lanes, C, eps, ORDER=self.order, TAPS=self.taps,
                 BLOCK=self.block, **common, **cut(s.mix), **early,
             )  # fmt: skip
-            if number + 1 == len(self.layers) and after_mixing is not None:
-                after_mixing()
             kernels.add_product[(triton.cdiv(D, s.out[0]),)](
                 self.x, self.mixed, *layer.out, N=D, **common, **cut(s.out), **more
             )

@@ -26,7 +26,6 @@ Activations are [B, channels] float32; `history` is time-major [rows, M D, B], `
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -455,10 +454,7 @@ class GpuBatchStep(Step):
         self.z.copy_(self.layers[0].gammas[0] * apart)
         self.moments[: 2 * self.batch] = torch.cat([apart.sum(1), apart.square().sum(1)])
 
-    def forward(
-        self, history: Tensor, pending: Tensor, clock: Tensor, offset: int,
-        after_mixing: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, history: Tensor, pending: Tensor, clock: Tensor, offset: int) -> None:
         """x -> logits, the mixer rows written, as `Step.forward`."""
         D, F, B, eps, s, pdl = self.width, self.inner, self.batch, self.eps, self.shapes, self.pdl
         C, lanes, kernels = history.shape[1] // B, (self.order - 1) * D, self.kernels
@@ -480,8 +476,6 @@ class GpuBatchStep(Step):
                 GROUPS=triton.next_power_of_2(self.order + 1), TAPS=self.taps, BLOCK=self.block,
                 **shares(s.fc2.rows if number else D), **common, **s.mix.options, **early,
             )  # fmt: skip
-            if number + 1 == len(self.layers) and after_mixing is not None:
-                after_mixing()
             kernels.add_product[grid(s.out, D)](
                 self.x, self.mixed, *layer.out, layer.gammas[1], self.z, self.moments, self.centres, N=D,
                 WHICH=1, **common, **s.out.options, **more,
