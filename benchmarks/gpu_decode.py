@@ -23,7 +23,7 @@ from flash_inference.engine.graphs import GpuLoop
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.gpu import GRAPH, GpuDecoder
 from flash_inference.ops.causal_conv import good_size
-from rows import provenance
+from rows import gpu_bandwidth, provenance
 
 VOCABULARY, WIDTH = 50_304, 768
 PROMPT = torch.tensor([7])
@@ -234,7 +234,9 @@ def main() -> None:
 
     model = big_model(args.layers, args.width, args.length, args.vocabulary)
     matrices = sum(p.numel() * 2 for n, p in model.named_parameters() if p.ndim == 2 and "filter" not in n)
-    floor = (matrices - model.embedding.weight.numel() * 2) / 3.0e12 * 1e6
+    speed = gpu_bandwidth()["copy"]
+    torch.cuda.empty_cache()
+    floor = (matrices - model.embedding.weight.numel() * 2) / speed * 1e6
     new = args.length
     if "whole" in parts:
         decoder = GpuDecoder(model, args.length)
@@ -254,7 +256,12 @@ def main() -> None:
             "us_per_token": seconds / new * 1e6,
             "forced": loop.schedule.forced,
         }
-        row |= {"late": loop.late, "distinct": len(set(tokens.tolist())), "weight_floor_us": floor}
+        row |= {
+            "late": loop.late,
+            "distinct": len(set(tokens.tolist())),
+            "weight_floor_us": floor,
+            "copy_bytes_per_s": speed,
+        }
         write(row | times | answer | {"peak_bytes": torch.cuda.max_memory_allocated()})
         del loop
         if "mixing" in parts:

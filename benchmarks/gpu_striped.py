@@ -28,7 +28,7 @@ from flash_inference.models.striped_hyena import StripedHyenaConfig
 from flash_inference.testing import find_ties
 from flash_inference.tiling import Blocked
 from gpu_decode import stats
-from rows import provenance
+from rows import gpu_bandwidth, provenance
 
 PERIOD = ("short", "medium", "long", "attention", "short", "medium", "long")
 PUBLISHED_STEP_US = 44_000
@@ -62,24 +62,6 @@ def striped(config: StripedHyenaConfig, device: str = "cuda") -> LanguageModel:
 def weight_bytes(model: LanguageModel) -> int:
     """What a token reads of the weights: everything but the embedding, of which it reads a row."""
     return sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("embedding"))
-
-
-def bandwidth(nbytes: int = 4 << 30, repeats: int = 10) -> dict[str, float]:
-    """Bytes a second that the device copies (each counted read and written) and reads: the best of several."""
-    data = torch.zeros(nbytes // 4, device="cuda")
-    other = torch.empty_like(data)
-    found = {}
-    for name, run, moved in (("copy", lambda: other.copy_(data), 2 * nbytes), ("read", data.sum, nbytes)):
-        times = []
-        for _ in range(repeats + 1):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        found[name] = moved / min(times[1:])
-    return found
 
 
 @torch.no_grad()
@@ -143,7 +125,7 @@ def main() -> None:
     decoder = GpuDecoder(model, args.length)
     answer = check(model, prompt, torch.tensor(list(GpuLoop(decoder, prompt, args.checked))))
     torch.cuda.empty_cache()
-    speeds = bandwidth()
+    speeds = gpu_bandwidth()
     torch.cuda.empty_cache()
     new = args.length - len(prompt) + 1
     loop = GpuLoop(decoder, prompt, new)

@@ -45,6 +45,24 @@ def gpu_origin(commit: str | None = None) -> dict[str, object]:
     }
 
 
+def gpu_bandwidth(nbytes: int = 4 << 30, repeats: int = 10) -> dict[str, float]:
+    """Bytes a second that the device copies (each counted read and written) and reads: the best of several."""
+    data = torch.rand(nbytes // 4, device="cuda")
+    other = torch.empty_like(data)
+    found = {}
+    for name, run, moved in (("copy", lambda: other.copy_(data), 2 * nbytes), ("read", data.sum, nbytes)):
+        times = []
+        for _ in range(repeats + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        found[name] = moved / min(times[1:])
+    return found
+
+
 class Rows:
     """Rows of one question, written to `folder`/`name`.jsonl as they are measured, in place of an earlier run's."""
 

@@ -33,8 +33,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 D, TYPES = 768, {"w": "*bf16", "clock": "*i64", "best_at": "*i32", "eps": "fp32"}
 NUMBERS = ("offset", "lane", "C", "N", "V", "D", "source", "target", "S", "T", "taps", "start", "n", "position")
-NUMBERS += ("first", "count", "wide", "sequences", "short", "over", "ring", "R", "column", "size", "width", "batch")
-NUMBERS += ("targets",)
+NUMBERS += ("first", "count", "wide", "sequences", "sources", "before", "ring", "R", "column", "size", "width")
+NUMBERS += ("batch", "begin", "targets", "behind")
 shapes, some = one.Shapes.fit(D, 4 * D), few.FewShapes.fit(D, 4 * D)
 
 def made(kernel, warps, source_of=ASTSource, **constants):
@@ -80,7 +80,6 @@ for batch, bytes_each in ((8, 2), (32, 2), (8, 4)):
     batched(many.head, tiles.head, **extra)
 outs, ins, lanes = tile.shape_for(64)
 made(tile._tile_rows, lanes // 32, OUTS=outs, INS=ins, LANES=lanes, TURNS=4, BATCH=1)
-TYPES["target"] = "i32"
 for size in (64, 128, 256):
     launch = dict(Factor(size).launch)
     def turning(kernel, **constants):
@@ -88,7 +87,7 @@ for size in (64, 128, 256):
     turning(circle.across, WHOLE=True, MORE=False)
     turning(circle.across, WHOLE=False, MORE=False)
     turning(circle.inward, MORE=False)
-    turning(circle.outward)
+    turning(circle.outward, MORE=False)
 json.dump(found, sys.stdout)
 """
 VECTORS = ("mix", "out", "fc1", "fc2", "head", "few mix", "few fc1", "few head")

@@ -151,9 +151,12 @@ def test_tile_by_fft_of_large_sides(size: int) -> None:
     check_fft(size, size - 1, size, 16, range(5), True)
 
 
-@pytest.mark.parametrize(("sources", "targets"), [(513, 511), (1000, 24), (1023, 1)])
-def test_more_sources_than_a_circle_has_places(sources: int, targets: int) -> None:
-    check_fft(512, sources, targets, 9, range(2, 5), True)
+@pytest.mark.parametrize("size", [16, 512])
+@pytest.mark.parametrize("share", [0.51, 0.9, 0.99])
+def test_more_sources_or_targets_than_a_circle_has_places(size: int, share: float) -> None:
+    more = int(2 * size * share)
+    check_fft(size, more, 2 * size - more, 9, range(2, 5), True)
+    check_fft(size, 2 * size - more, more, 9, range(2, 5), True)
 
 
 @pytest.mark.parametrize("size", [16, 512])
@@ -200,7 +203,7 @@ def test_what_a_prompt_owes(inputs: int, new: int) -> None:
 def test_a_tile_that_its_circle_cannot_hold_is_refused() -> None:
     fft = TileFFT(16, lambda first, stop, cut: torch.zeros(len(cut), stop - first), 4)
     for sources, targets in ((range(16), range(16, 32)), (range(20), range(24, 40))):
-        with pytest.raises(ShapeError, match="expected 4 rows between them, at most 16 targets and at most 32 rows"):
+        with pytest.raises(ShapeError, match="expected 4 rows between them and at most 32 in both"):
             fft.pay(torch.zeros(80, 3), sources, targets, range(3))
 
 

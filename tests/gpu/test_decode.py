@@ -169,7 +169,7 @@ def test_all_ways_to_run_give_the_same_tokens() -> None:
     agree(model, prompt, run(GpuDecoder(model, 3100, pdl=False), prompt, new), reference)
     agree(model, prompt, run(GpuDecoder(model, 3100, latency="relaxed"), prompt, new), reference)
     agree(model, prompt, run(GpuDecoder(model, 3100, spectra_bytes=0), prompt, new), reference)
-    agree(model, prompt, run(GpuDecoder(model, 3100, near=64), prompt, new), reference)
+    agree(model, prompt, run(GpuDecoder(model, 3100, near=256), prompt, new), reference)
     agree(model, prompt, run(GpuDecoder(model, 4096), prompt, new), reference)
 
 
@@ -216,8 +216,7 @@ def test_graphs_of_one_position_change_no_bit(batch: int, latency: str) -> None:
     for graphs in (True, False):
         loop = GpuLoop(decoder, prompts, 601, graphs=graphs)
         logits.append(torch.stack([loop.advance(tokens) for tokens in given]))
-        assert len(loop._captured) >= (GRAPH + 3 if graphs else 0)
-        assert graphs or not loop._captured
+        assert len(loop._captured) == (GRAPH if graphs else 0)
         loop.close()
     assert torch.equal(*logits)
     assert torch.isfinite(logits[0]).all()

@@ -274,11 +274,11 @@ class GpuDecoder:
         """
         P, near = inputs.shape[1], self.near_side
         out = torch.zeros(new, self.channels, device=self.device)
-        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and fft.size >= max(P, new - near))
+        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
         far = next(fits, None) if new > near else None
         first = new if far is None else near
         known = P + min(first, new) <= self.early.shape[1]
-        soon = TileFFT(next_power(max(P, first)), self._early if known else self.padded)
+        soon = TileFFT(next_power(P + min(first, new)) // 2, self._early if known else self.padded)
         rows_of = inputs.T.contiguous()
         for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
             for lanes in self._lanes(2 * fft.size):

@@ -24,14 +24,15 @@ def _turns(rows: int, columns: int, circle: int, shift: float, device: torch.dev
 
 
 class TileFFT:
-    """Tiles of up to V sources and V targets that begin `lag` rows behind them, by transforms of V complex places.
+    """Tiles of S sources and T targets that begin `lag` rows behind them, S + T <= 2 V, on circles of V complex places.
 
-    The targets are places V .. 2 V - 1 of y * rho', with rho' = rho[lag : lag + 2 V] and y the sources, the last of
-    them at place V - 1. Modulo x^V = i the product of the polynomials y and rho' has them as its imaginary parts, and
-    what wraps around as real ones; rho' is rho'[: V] + i rho'[V :] there. So nothing is padded: polynomials of V places
-    are evaluated at the V roots of x^V = i, x = exp(-2 pi i (k - 1/4) / V), multiplied point by point, and
-    interpolated. All of it runs on rows of the state, neighbouring channels in neighbouring lanes: one pass up to 256
-    places; above, V = R1 R2 and three passes, with 8 V bytes of scratch a channel (`triton_circle.py`).
+    Of y * rho', with rho' = rho[lag : lag + 2 V], the targets are the T numbers behind the sources' places. Modulo
+    x^V = i a polynomial of 2 V real places is one of V complex ones, low + i high. Where S = T = V, y is real there,
+    the targets are the product's imaginary parts, and what wraps around is real; in general what wraps around meets
+    the sources' places only. So nothing is padded: polynomials are evaluated at the V roots of x^V = i,
+    x = exp(-2 pi i (k - 1/4) / V), multiplied point by point, and interpolated. All of it runs on rows of the state,
+    neighbouring channels in neighbouring lanes: one pass up to 256 places; above, V = R1 R2 and three passes, with 8 V
+    bytes of scratch a channel (`triton_circle.py`).
 
     `taps(first, stop, channels)` gives rho as [c, stop - first], zeros past the end. `prepare` makes spectra that are
     kept, 8 V bytes a channel; others are made when needed. Float32; error about eps log2(V) ||y|| ||rho'||. Source: the
@@ -98,10 +99,10 @@ class TileFFT:
         since[b], and owes nothing from before. `scratch` is where it works, at least `scratch_numbers` of them.
         """
         S, T, V = len(sources), len(targets), self.size
-        if targets.start - sources.stop != self.lag or max(S, V) + T > 2 * V:
+        if targets.start - sources.stop != self.lag or S + T > 2 * V:
             raise ShapeError(
-                f"sources {sources} and targets {targets} were given; expected {self.lag} rows between them, at most "
-                f"{V} targets and at most {2 * V} rows in both. Take another TileFFT."
+                f"sources {sources} and targets {targets} were given; expected {self.lag} rows between them and at "
+                f"most {2 * V} in both. Take another TileFFT."
             )
         self._turn(history, sources, history, targets, channels, batch, ring, since, scratch)
 
@@ -113,22 +114,24 @@ class TileFFT:
         self, given: Tensor, sources: range, out: Tensor, targets: range, channels: range, batch: int,
         ring: int | None = None, since: Tensor | None = None, scratch: Tensor | None = None, more: bool = False,
     ) -> None:  # fmt: skip
-        """From rows of `given` to rows of `out`, both [rows, C batch]. `more` runs what takes over V sources anyway."""
+        """From rows of `given` to rows of `out`, both [rows, C batch]; `more`: by kernels that take S or T above V."""
         V, outer, inner = self.size, self.outer, self.inner
         around, within, between, always = self.tables(out.device)
         since = always if since is None else since
         first, lanes = channels.start * batch, len(channels) * batch
         spectrum, column = (self._make(channels), 0) if self._spectra is None else (self._spectra, channels.start)
         start, target = (some.start % ring if ring else some.start for some in (sources, targets))
-        rest = len(sources) - V
+        S, N = len(sources), len(targets)
+        # Sources end where the circle does, but for more than it has places, or for more targets than that.
+        end, more = max(S, min(V, 2 * V - N)), more or max(S, N) > V
         read = {
-            "given": given, "since": since, "sequences": len(since), "start": start, "short": max(0, -rest),
-            "over": max(0, rest), "position": sources.start, "first": first, "count": lanes, "ring": ring or 0,
-            "wide": given.shape[1], "MORE": more or rest > 0,
+            "given": given, "since": since, "sequences": len(since), "start": start, "sources": S, "before": end - S,
+            "position": sources.start, "first": first, "count": lanes, "ring": ring or 0, "wide": given.shape[1],
+            "MORE": more,
         }  # fmt: skip
         add = {
-            "history": out, "target": target, "targets": len(targets), "over": max(0, rest), "first": first,
-            "count": lanes, "ring": ring or 0, "C": out.shape[1],
+            "history": out, "begin": target, "targets": N, "behind": end - V, "first": first, "count": lanes,
+            "ring": ring or 0, "C": out.shape[1], "MORE": more,
         }  # fmt: skip
         whole = outer.size == 1
         if scratch is None:
@@ -149,7 +152,7 @@ class TileFFT:
     def warm(self, history: Tensor, channels: int, batch: int, scratch: Tensor, more: bool = False) -> None:
         """Runs on a history of no worth all that `pay` runs, so that nothing is compiled later.
 
-        `more`: also what tiles of more than V sources run.
+        `more`: also what tiles of more than V sources or targets run.
         """
         some = range(min(self.size, len(history)))
         for kind in (False, True) if more else (False,):

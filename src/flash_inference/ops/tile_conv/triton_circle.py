@@ -197,34 +197,35 @@ def backward(re, im, table, E: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def source(given, begun, start, first, lane, known, C, ring, n):
-    """The sources n [T, 1] of some channels, the first of them in row `start`; zero if unknown, or not yet begun."""
+def source(given, begun, start, sources, first, lane, wanted, C, ring, n):
+    """The sources n [T, 1] of some channels, the first of them in row `start`; zero if there is none, or not yet."""
     row = start + n
     row = tl.where((ring > 0) & (row >= ring), row - ring, row).to(tl.int64)
-    return tl.load(given + row * C + first + lane, known & (n >= begun), 0.0, eviction_policy=ONCE).to(tl.float32)
+    known = wanted & (n >= 0) & (n < sources) & (n >= begun)
+    return tl.load(given + row * C + first + lane, known, 0.0, eviction_policy=ONCE).to(tl.float32)
 
 
 @triton.jit
 def read(
-    given, since, sequences, start, short, over, position, first, lane, wanted, C, ring, place, STEP, size,
+    given, since, sequences, start, sources, before, position, first, lane, wanted, C, ring, place, STEP, size,
     E: tl.constexpr, T: tl.constexpr, L: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """Places `place` + (a T + b) STEP of a circle, turned by exp(2 pi i a / 4 E): E pairs of parts [T, L].
 
-    Sources end at its last place, `short` of filling it from the first; or, if there are MORE of them, at place `over`
-    of a second round, where they are imaginary. Rows go on at 0 where a `ring` ends, unless that is 0. The first source
-    is position `position`; lane c belongs to sequence c % sequences, which begins at position since[c % sequences].
+    Sources stand behind `before` places; if there are MORE than the circle has, they go on in a second round, where
+    they are imaginary. Rows go on at 0 where a `ring` ends, unless that is 0. The first source is position `position`;
+    lane c belongs to sequence c % sequences, which begins at position since[c % sequences].
     """
     begun = tl.load(since + (first + lane) % sequences) - position
     p = ()
     q = ()
     for a in tl.static_range(E):
-        n = place + (a * T + rows(T, L)) * STEP - short
-        x = source(given, begun, start, first, lane, wanted & (n >= 0), C, ring, n)
+        n = place + (a * T + rows(T, L)) * STEP - before
+        x = source(given, begun, start, sources, first, lane, wanted, C, ring, n)
         re = x * cosine(a, 4 * E)
         im = x * sine(a, 4 * E)
         if MORE:
-            x = source(given, begun, start, first, lane, wanted & (n >= 0) & (n < over), C, ring, n + size)
+            x = source(given, begun, start, sources, first, lane, wanted & (n >= 0), C, ring, n + size)
             re = re - x * sine(a, 4 * E)
             im = im + x * cosine(a, 4 * E)
         p = p + (re,)
@@ -233,20 +234,33 @@ def read(
 
 
 @triton.jit
+def target(sums, history, start, targets, first, lane, wanted, C, ring, n):
+    """Adds sums to the targets n, as far as there are such; the first of them is row `start`."""
+    row = start + n
+    row = tl.where((ring > 0) & (row >= ring), row - ring, row).to(tl.int64)
+    at = history + row * C + first + lane
+    known = wanted & (n >= 0) & (n < targets)
+    stands = tl.load(at, known, 0.0, eviction_policy=ONCE).to(tl.float32)
+    tl.store(at, (stands + sums).to(history.dtype.element_ty), known, eviction_policy=ONCE)
+
+
+@triton.jit
 def add(
-    re, im, history, start, count, over, first, lane, wanted, C, ring, place, STEP, E: tl.constexpr, T: tl.constexpr,
-    L: tl.constexpr,
+    re, im, history, start, targets, behind, first, lane, wanted, C, ring, place, STEP, size, E: tl.constexpr,
+    T: tl.constexpr, L: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what places from `over` on hold, imaginary when they are turned back, to `count` rows from `start`."""
+    """Adds to the targets what `read`'s places hold when they are turned back.
+
+    They begin at place `behind` of the second round, which is imaginary; if there are MORE than the circle has places,
+    at one of the first, which is real.
+    """
     for a in tl.static_range(E):
-        n = place + (a * T + rows(T, L)) * STEP - over
-        row = start + n
-        row = tl.where((ring > 0) & (row >= ring), row - ring, row).to(tl.int64)
-        at = history + row * C + first + lane
-        known = wanted & (n >= 0) & (n < count)
-        stands = tl.load(at, known, 0.0, eviction_policy=ONCE).to(tl.float32)
-        sums = stands + im[a] * cosine(a, 4 * E) - re[a] * sine(a, 4 * E)
-        tl.store(at, sums.to(history.dtype.element_ty), known, eviction_policy=ONCE)
+        n = place + (a * T + rows(T, L)) * STEP - behind
+        sums = im[a] * cosine(a, 4 * E) - re[a] * sine(a, 4 * E)
+        target(sums, history, start, targets, first, lane, wanted, C, ring, n)
+        if MORE:
+            sums = re[a] * cosine(a, 4 * E) + im[a] * sine(a, 4 * E)
+            target(sums, history, start, targets, first, lane, wanted, C, ring, n - size)
 
 
 @triton.jit
@@ -267,9 +281,9 @@ def times(re, im, spectrum, first, size, wanted, C, E: tl.constexpr, T: tl.const
 # What differs from chunk to chunk is not specialised: to compile a kernel anew stops a run for a second.
 
 
-@jit(do_not_specialize=["sequences", "start", "short", "over", "position", "first", "count"])
+@jit(do_not_specialize=["sequences", "start", "sources", "before", "position", "first", "count"])
 def inward(
-    given, since, scratch, table, turns, sequences, start, short, over, position, first, count, ring, wide, R,
+    given, since, scratch, table, turns, sequences, start, sources, before, position, first, count, ring, wide, R,
     E: tl.constexpr, T: tl.constexpr, L: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """The outer factor, forward: scratch[:, k1, n2] from the places n1 R + n2, for each n2 < R."""
@@ -278,7 +292,25 @@ def inward(
     n2 = tl.program_id(1)
     V = R * (E * T)
     re, im = read(
-        given, since, sequences, start, short, over, position, first, lane, wanted, wide, ring, n2, R, V, E, T, L, MORE
+        given,
+        since,
+        sequences,
+        start,
+        sources,
+        before,
+        position,
+        first,
+        lane,
+        wanted,
+        wide,
+        ring,
+        n2,
+        R,
+        V,
+        E,
+        T,
+        L,
+        MORE,
     )
     re, im = forward(re, im, table, E, T, L)
     re, im = turned(re, im, turns + n2 * (E * T), rows(E, L), 1, E, V, False)
@@ -291,13 +323,13 @@ def inward(
 
 @jit(
     do_not_specialize=[
-        "sequences", "start", "short", "over", "position", "first", "count", "column", "width", "batch", "target",
-        "targets",
+        "sequences", "start", "sources", "before", "position", "first", "count", "column", "width", "batch", "begin",
+        "targets", "behind",
     ]
 )  # fmt: skip
 def across(
-    given, since, scratch, table, spectrum, history, sequences, start, short, over, position, first, count, column,
-    size, width, batch, target, targets, ring, wide, C, E: tl.constexpr, T: tl.constexpr, L: tl.constexpr,
+    given, since, scratch, table, spectrum, history, sequences, start, sources, before, position, first, count, column,
+    size, width, batch, begin, targets, behind, ring, wide, C, E: tl.constexpr, T: tl.constexpr, L: tl.constexpr,
     MORE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The inner factor, there and back with spectra between: of one k1 in scratch, or of a WHOLE circle.
@@ -311,8 +343,8 @@ def across(
     high = low + size * tl.cast(count, tl.int64)
     if WHOLE:
         re, im = read(
-            given, since, sequences, start, short, over, position, first, lane, wanted, wide, ring, 0, 1, size, E, T,
-            L, MORE,
+            given, since, sequences, start, sources, before, position, first, lane, wanted, wide, ring, 0, 1, size, E,
+            T, L, MORE,
         )  # fmt: skip
     else:
         re = ()
@@ -326,7 +358,7 @@ def across(
     re, im = times(re, im, spectrum + column + lane // batch, k1 * (E * T), apart, wanted, width, E, T, L)
     re, im = backward(re, im, table, E, T, L)
     if WHOLE:
-        add(re, im, history, target, targets, over, first, lane, wanted, C, ring, 0, 1, E, T, L)
+        add(re, im, history, begin, targets, behind, first, lane, wanted, C, ring, 0, 1, size, E, T, L, MORE)
     else:
         for a in tl.static_range(E):
             at = (rows(T, L) + a * T) * count + lane
@@ -334,10 +366,10 @@ def across(
             tl.store(high + at, im[a], wanted, eviction_policy=ONCE)
 
 
-@jit(do_not_specialize=["target", "targets", "over", "first", "count"])
+@jit(do_not_specialize=["begin", "targets", "behind", "first", "count"])
 def outward(
-    scratch, table, turns, history, target, targets, over, first, count, ring, C, R, E: tl.constexpr,
-    T: tl.constexpr, L: tl.constexpr,
+    scratch, table, turns, history, begin, targets, behind, first, count, ring, C, R, E: tl.constexpr,
+    T: tl.constexpr, L: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """The outer factor, back: from scratch as `inward` laid it out to what is added to the targets."""
     lane = tl.program_id(0) * L + lanes(L)
@@ -353,4 +385,4 @@ def outward(
         im = im + (tl.load(high + at, wanted, 0.0, eviction_policy=ONCE),)
     re, im = turned(re, im, turns + n2 * (E * T), rows(E, L), 1, E, V, True)
     re, im = backward(re, im, table, E, T, L)
-    add(re, im, history, target, targets, over, first, lane, wanted, C, ring, n2, R, E, T, L)
+    add(re, im, history, begin, targets, behind, first, lane, wanted, C, ring, n2, R, V, E, T, L, MORE)
