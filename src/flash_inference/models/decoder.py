@@ -156,8 +156,8 @@ class Decoder:
         stack.commit(past, 1)
         state.clock += 1
         weight, bias, eps = self._norm
-        h = torch.layer_norm(step.x, weight.shape, weight, bias, eps)
-        logits = torch.from_numpy(np.dot(h.numpy(), self._head))
+        h = torch.layer_norm(step.alike, weight.shape, weight, bias, eps)
+        logits = torch.from_numpy(np.dot(h.numpy(), self._head)[: len(tokens)])
         return logits[:, None] if every else logits
 
     def draft(self, state: ModelState) -> Draft:

@@ -78,22 +78,38 @@ class HyenaStep:
         return BoundStep(self, inputs.numpy(), partial.numpy(), short.numpy())
 
 
+def alike(batch: int) -> int:
+    """Rows of a product in which each is summed as every other one: a power of two, or a multiple of eight.
+
+    BLAS takes rows in groups of 8, 4, 2 and 1, and may sum differently in each: a row's bits would depend on its place.
+    """
+    return -(-batch // 8) * 8 if batch > 4 else 1 << (batch - 1).bit_length()
+
+
 class BoundStep:
-    """A HyenaStep over the memory of one state, with scratch of its own. Fill `x` [B, D], call, read `x`."""
+    """A HyenaStep over the memory of one state, with scratch of its own. Fill `x` [B, D], call, read `x`.
+
+    What is multiplied has `alike` rows, as the tensor of that name; those behind the batch are nobody's.
+    """
 
     def __init__(self, step: HyenaStep, inputs: Array, partial: Array, short: Array) -> None:
         D, N, batch, layers = step.width, step.order, inputs.shape[1], len(step.norms)
-        lead = () if batch == 1 else (batch,)
+        lead, some = ((), ...) if batch == 1 else ((batch,), slice(batch))
+        padded = () if batch == 1 else (alike(batch),)
         with torch.inference_mode(False):
-            self.x = torch.empty(batch, D, dtype=step.dtype)
-            self.flat = self.x.view(*lead, D)
-            self.hidden = torch.empty(*lead, step.inner, dtype=step.dtype)
+            self.flat = torch.zeros(*padded, D, dtype=step.dtype)
+            self.hidden = torch.zeros(*padded, step.inner, dtype=step.dtype)
+            self.alike = self.flat.view(-1, D)
+            self.x = self.alike[:batch]
         self.step, self.rows_of_x = step, self.x.numpy()
-        self.residual, self.g = self.flat.numpy(), self.hidden.numpy()
-        self.u_all = np.empty((layers, batch, (N + 1) * D), self.g.dtype)
-        self.u = list(self.u_all.reshape(layers, *lead, (N + 1) * D))
+        self.g, self.t_made = self.hidden.numpy(), np.zeros_like(self.flat.numpy())
+        self.residual, self.t = self.flat.numpy()[some], self.t_made[some]
+        self.u_made = np.zeros((layers, *padded, (N + 1) * D), self.g.dtype)
+        self.u_all = self.u_made.reshape(layers, -1, (N + 1) * D)[:, :batch]
+        self.u = [u[some] for u in self.u_made]
         self.s = np.empty_like(self.u[0])
-        self.o, self.t = np.empty_like(self.residual), np.empty_like(self.residual)
+        self.o_made = np.zeros_like(self.t_made)
+        self.o = self.o_made[some]
         self.gates = [self.s[..., i * D : (i + 1) * D] for i in range(N + 1)]
         M = layers * (N - 1)
         cuts = [slice(m * D, (m + 1) * D) for m in range(M)]
@@ -112,13 +128,14 @@ class BoundStep:
         step = self.step
         D, N, eps = step.width, step.order, step.eps
         flat, x, hidden, g, s, o, t = self.flat, self.residual, self.hidden, self.g, self.s, self.o, self.t
+        mixed, turned = self.o_made, self.t_made
         gates, rows = self.gates, iter(self.rows[row])
         layer_norm, dot, multiply, add = torch.layer_norm, np.dot, np.multiply, np.add
-        for u, newest, pending, ((gamma1, beta1), (gamma2, beta2)), matrices in zip(
-            self.u, self.newest, self.pending, step.norms, step.matrices, strict=True
+        for made, u, newest, pending, ((gamma1, beta1), (gamma2, beta2)), matrices in zip(
+            self.u_made, self.u, self.newest, self.pending, step.norms, step.matrices, strict=True
         ):
             (w_in, b_in), (w_out, b_out), (w1, b1), (w2, b2) = matrices
-            dot(layer_norm(flat, (D,), gamma1, beta1, eps).numpy(), w_in, u)
+            dot(layer_norm(flat, (D,), gamma1, beta1, eps).numpy(), w_in, made)
             add(u, b_in, u)
             multiply(u, newest, s)
             add(s, pending, s)
@@ -129,13 +146,13 @@ class BoundStep:
                 multiply(y, diagonal, o)
                 v = add(o, partial, o)
             multiply(gates[0], v, o)
-            dot(o, w_out, t)
+            dot(mixed, w_out, turned)
             add(t, b_out, t)
             add(x, t, x)
             dot(layer_norm(flat, (D,), gamma2, beta2, eps).numpy(), w1, g)
             add(g, b1, g)
             gelu_(hidden, approximate="tanh")
-            dot(g, w2, t)
+            dot(g, w2, turned)
             add(t, b2, t)
             add(x, t, x)
         for k, short in enumerate(self.shorts):
