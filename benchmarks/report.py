@@ -114,10 +114,16 @@ def length_plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def gpu_rows() -> tuple[dict[str, dict[str, object]], list[dict[str, object]]]:
-    """The rows of the main setting by name, the first of each (one session's), and all rows."""
+    """The rows of the main setting by name, those of the first row's commit and device, and all rows."""
     rows = read("gpu_decode")
     main = [row for row in rows if (row["layers"], row["width"], row["length"]) == (18, 768, 131_072)]
-    return {str(row["name"]): row for row in reversed(main)}, rows
+    same = [row for row in main if (row["commit"], row["device"]) == (rows[0]["commit"], rows[0]["device"])]
+    return {str(row["name"]): row for row in reversed(same)}, rows
+
+
+def card(row: dict[str, object]) -> str:
+    """The GPU of a row, without its maker and memory."""
+    return str(row["device"]).removeprefix("NVIDIA ").split()[0]
 
 
 GPU_BASELINES = {
@@ -158,29 +164,23 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
         f"{run['differences']} tokens differ, the worst layer's relative error is "
         f"{run['worst_layer_relative_error']:.1e}.",
         "",
-        *(
-            f"Another run (commit {row['commit']}) measured {row['mixing_us']:.1f} us for the tiles "
-            f"({row['interval_us'][0]:.1f} to {row['interval_us'][1]:.1f})."
-            for row in rows
-            if row["name"] == "mixing" and row is not mixing
-        ),
-        "",
-        "| other runs | commit | us per token | whole run | worst step | peak memory | worst layer's error |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| other runs, by older code | GPU | commit | us per token | whole run | worst step | peak memory | worst "
+        "layer's error |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         if row["name"] == "bounded" and row is not rows[0]:
             lines.append(
-                f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {row['commit']} | "
+                f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {card(row)} | "
+                f"{row['commit']} | "
                 f"{row['us_per_token']:.1f} | {row['seconds']:.0f} s | {row['worst_us'] / 1e3:,.2f} ms | "
                 f"{row['peak_bytes'] / 1e9:.1f} GB | {row['worst_layer_relative_error']:.1e} |"
             )
-    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     return "\n".join(
         [
             *lines,
             "",
-            f"Measured on {run['date']}: {run['device']}, torch {run['torch']}, commits {commits}. Rows: "
+            f"Measured on {run['date']}: {run['device']}, torch {run['torch']}, commit {run['commit']}. Rows: "
             "`benchmarks/results/gpu_decode.jsonl`, made by `flash-inference bench gpu_decode`.",
         ]
     )
@@ -203,7 +203,7 @@ def gpu_plot(path: Path) -> None:
     axes.set(yscale="log", xlabel="position", ylabel="microseconds for its token", xlim=(800, 140_000))
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.25)
-    axes.set_title("Order-2 Hyena, D = 768, 18 layers, batch 1, one H100", fontsize=10)
+    axes.set_title(f"Order-2 Hyena, D = 768, 18 layers, batch 1, one {card(run)}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -212,8 +212,8 @@ def batch_table(rows: list[dict[str, object]]) -> str:
     """Tokens a second of batches on one GPU, each with its answer's error."""
     lines = [
         "| rows | tokens/s | against one row | us per step | median | worst | differing tokens | worst layer's error "
-        "| commit |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| GPU | commit |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     runs = [row for row in rows if row["name"] == "batch"]
     for row in runs:
@@ -223,7 +223,7 @@ def batch_table(rows: list[dict[str, object]]) -> str:
         lines.append(
             f"| {row['batch']} | {row['tokens_per_s']:,.0f} | {row['against_one_row']:.2f}x | "
             f"{row['us_per_step']:.0f} | {row['median_us']:.0f} | {row['worst_us']:,.0f} | {different} | {error:.1e} | "
-            f"{row['commit']} |"
+            f"{card(row)} | {row['commit']} |"
         )
     last = runs[-1]
     return "\n".join(
@@ -231,8 +231,8 @@ def batch_table(rows: list[dict[str, object]]) -> str:
             *lines,
             "",
             f"{last['layers']} layers, D = {last['width']}, {last['length']:,} tokens a row, first and last row held "
-            f'against float64; "against one row" is against that of the same commit. Measured on {last["date"]}: '
-            f"{last['device']}, torch {last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by "
+            f'against float64; "against one row" is against that of the same commit. Last measured on {last["date"]}, '
+            f"torch {last['torch']}. Rows: `benchmarks/results/gpu_batch.jsonl`, made by "
             "`flash-inference bench gpu_batch`.",
         ]
     )
@@ -260,7 +260,8 @@ def step_plot(rows: list[dict[str, object]], path: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 3.3), layout="constrained")
     colours = ["#2e4057", "#5b8e9f", "#66a182", "#8fbf9f", "#edae49", "#cccccc", "#d1495b"]
-    runs = {row["batch"]: row for row in read("gpu_batch") if row["name"] == "batch"}
+    device = rows[0]["device"]
+    runs = {row["batch"]: row for row in read("gpu_batch") if row["name"] == "batch" and row["device"] == device}
     names = ["1 row" if row["batch"] == 1 else f"{row['batch']} rows" for row in rows]
     left, found = [0.0] * len(rows), [step_parts(row, runs) for row in rows]
     for (name, label), colour in zip(PARTS.items(), colours, strict=True):
@@ -268,7 +269,7 @@ def step_plot(rows: list[dict[str, object]], path: Path) -> None:
         axes.barh(names, widths, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set(xlabel="microseconds a step")
-    axes.set_title("Order-2 Hyena, D = 768, 18 layers, 16,384 tokens a row, one H100", fontsize=10)
+    axes.set_title(f"Order-2 Hyena, D = 768, 18 layers, 16,384 tokens a row, one {card(rows[0])}", fontsize=10)
     axes.invert_yaxis()
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)
