@@ -181,6 +181,7 @@ def mixing(decoder: GpuDecoder, new: int, segments: int) -> dict[str, object]:
     loop = GpuLoop(decoder, PROMPT, new)
     loop.prepare()
     graphs, untimed = loop.count // (2 * segments), 16
+    assert graphs > untimed, f"{segments} pairs of segments leave {graphs} graphs each; ask for fewer"
     times: tuple[list[float], list[float]] = ([], [])
     for segment in range(segments):
         for mixed in (False, True) if segment % 2 else (True, False):

@@ -162,7 +162,7 @@ def test_products_are_three_a_term(
 
 
 def test_what_tiles_move_leaves_the_cache_first(kernels: dict[str, dict[str, str]]) -> None:
-    """Else the weights that a step finds in the cache would never come back. Scratch and the clock may stay."""
+    """Else the weights that a step finds in the cache would never come back. The clock may stay."""
 
     def counted(name: str, what: str) -> tuple[int, int]:
         found = re.findall(rf"{what}\.global\S*", kernels[name]["ptx"])
@@ -196,4 +196,4 @@ def test_numbers_and_rows_change_places_in_one_pass(kernels: dict[str, dict[str,
     assert "shfl" not in kernel["ptx"]
     found = re.search(r"STACK:(\d+)", kernel["usage"])
     assert found
-    assert int(found[1]) == 0 or (name, size) == ("across", 256)
+    assert int(found[1]) <= (8 if (name, size) == ("across", 256) else 0)

@@ -249,6 +249,7 @@ def test_a_graph_replayed_at_other_positions_gives_the_cpus_tokens(family: str, 
     loop = taped(tape_kernels, decoder, prompt, new)
     tokens = torch.tensor(list(loop))
     assert loop.launched == 5
+    assert loop.recorded is not None
     check_tokens(model, prompt, tokens)
     check_logits(model, torch.cat([prompt, tokens[:-1]]), loop.step.logits[0])
 

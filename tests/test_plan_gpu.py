@@ -13,9 +13,10 @@ from flash_inference.errors import ModelError, PlanError, TilingError
 from flash_inference.models.backbone import LanguageModel
 from flash_inference.models.gpu_memory import GRAPH, NEAR, GpuRunShape, GpuShape, fitted, gpu_bytes, near_side
 from flash_inference.models.stu import STUConfig
+from flash_inference.ops.tile_conv.factors import scratch_numbers
 from flash_inference.testing import random_model
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Staggered
-from flash_inference.tiling.schedule import Groups
+from flash_inference.tiling.schedule import Groups, Pricing
 
 GIB = 1 << 30
 
@@ -52,6 +53,26 @@ def test_parts_are_what_is_allocated(
     streamed = [getattr(layer, name)[0] for layer in decoder.step.layers for name in ("mix", "out", "fc1", "fc2")]
     assert made.weights == sum(weight.nbytes for weight in [*streamed, decoder.step.head[0]])
     assert made.weights > 0
+
+
+@pytest.mark.parametrize("latency", ["bounded", "relaxed"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_scratch_of_a_run_holds_its_largest_chunk(latency: str, batch: int) -> None:
+    """Of every run that a decoder serves: as many rows or fewer, as long or shorter."""
+    gpu = pytest.importorskip("flash_inference.models.gpu")
+    pricing = Pricing(target=2.0, points=4096.0)
+    decoder = gpu.GpuDecoder(random_model(2, length=5000), 5000, near=16, latency=latency, batch=batch, pricing=pricing)
+    for rows in range(1, batch + 1):
+        for new in (5000, 3000, 2049, 1000):
+            run, groups = decoder.init(1, new, rows), decoder.groups(new)
+            cuts = [piece for piece in decoder.pieces(rows)] if latency == "relaxed" else []
+            used = [scratch_numbers(size, len(piece) * rows) for size in decoder.ffts for piece in cuts]
+            for n in range(16, new, 16) if latency == "bounded" else ():
+                for size, tile, some in groups.after(n):
+                    chunks = pricing.cut(size, tile, some, GRAPH, rows)
+                    used += [scratch_numbers(size, len(chunk.channels) * rows) for chunk in chunks]
+            assert max(used) <= run.scratch.numel()
+    assert decoder.plan.workspace > 4 * decoder.init(1, 5000, batch).scratch.numel() > 0
 
 
 def test_a_decoder_that_no_longer_serves_is_freed_before_the_next() -> None:

@@ -27,7 +27,7 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, tuned_near
 from flash_inference.models.gpu_memory import READ, GpuRunShape, GpuShape, free_on, gpu_bytes
 from flash_inference.models.gpu_prompt import PromptReader
 from flash_inference.models.rows import row_bytes
-from flash_inference.ops.tile_conv.fft_rows import stretches
+from flash_inference.ops.tile_conv.fft_rows import TileFFT, stretches
 from flash_inference.tiling import Tiling
 from flash_inference.tiling.schedule import Pricing
 
@@ -36,7 +36,7 @@ AHEAD = 6
 PROMPTS = 2
 """Prompts of full length for which memory is left beside the rows."""
 PRICING = Pricing(target=240.0)
-"""Large chunks of tiles: each costs the host five launches, and a position of many rows takes long enough for them."""
+"""Large chunks of tiles: each costs the host three launches, and a position of many rows takes long enough for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class GpuBatch(GraphClock):
     """Rows that come and go on one clock of a GPU; `requests[row]` is who has a row.
 
     The history is a ring: position i of the clock is row i modulo `ring`. Tiles are those of a clock without end, for
-    all rows alike (`Groups`): squares inside graphs, late squares in chunks beside them. At a multiple of the ring, a
-    graph's square falls into spare rows behind its end, which are then added to its beginning.
+    all rows alike (`Groups`): squares behind graphs, late squares in chunks beside them. At a multiple of the ring, the
+    square falls into spare rows behind its end, which are then added to its beginning.
 
     **A row joins** at position n, between two graphs. What its prompt's inputs owe the positions to come was summed
     beside decoding. Then, of its column alone: what stands from n on is overwritten by those sums, what stands before
@@ -76,8 +76,8 @@ class GpuBatch(GraphClock):
 
     Hence position t of the row gets the prompt's share, and each input of n .. t - 1 once. What the ring holds from its
     last round is never read: a row's own positions are all overwritten as it joins. The graphs wait for nothing but
-    what they touch themselves: on their own stream, n's near-block becomes zeros before n, which their squares may
-    read, and sums behind it.
+    what they touch themselves: on their own stream, n's near-block becomes zeros before n, which squares behind
+    them may read, and sums behind it.
 
     **A row leaves** when its last graph is launched, if its limit ends it: at most 15 positions are lost. The host sees
     tokens when their graph is done, with up to AHEAD graphs behind it launched already; so a stop token, a cancel or a
@@ -155,7 +155,7 @@ class GpuBatch(GraphClock):
         return list(dict.fromkeys([request for request in self.requests if request is not None] + flying))
 
     def prepare(self) -> None:
-        """Captures every graph, one for each side of the square behind it, and runs once what else a join runs."""
+        """Captures every graph, one for each way to choose tokens, and runs once what else a join runs."""
         with self.on("main"):
             for draw in self._draws:
                 self.draw = draw
@@ -163,18 +163,23 @@ class GpuBatch(GraphClock):
             self._embed(0, 0)
         with self.reading():
             self.reader.prepare()
-            for prompt, new in self._joins() if self.decoder.channels else ():
-                self.decoder.owed(torch.zeros(self.decoder.channels, prompt, device=self.device), new)
+            if self.decoder.channels:
+                self._prepare_joins()
 
-    def _joins(self) -> Iterator[tuple[int, int]]:
-        """(prompt, new positions) of requests that together run every kernel that a join runs."""
-        new = self.decoder.room.lives
+    def _prepare_joins(self) -> None:
+        """Runs what sums what prompts owe: for every length on few channels, and as it is for common lengths."""
+        decoder, size, length = self.decoder, GRAPH, self.decoder.length
+        nothing = torch.zeros(GRAPH, decoder.channels, device=self.device)
+        while size < 2 * max(length, decoder.room.lives):
+            TileFFT(size, decoder.padded).warm(nothing, min(8, decoder.channels), 1)
+            size *= 2
+        new = decoder.room.lives
         while new:
-            yield GRAPH, new
+            decoder.owed(torch.zeros(decoder.channels, GRAPH, device=self.device), new)
             new //= 2
-        prompt = GRAPH
-        while prompt <= min(READ, self.decoder.length):
-            yield prompt, self.decoder.room.lives
+        prompt = 2 * GRAPH
+        while prompt <= min(READ, length):
+            decoder.owed(torch.zeros(decoder.channels, prompt, device=self.device), decoder.room.lives)
             prompt *= 2
 
     def reading(self) -> AbstractContextManager[Any]:
@@ -319,7 +324,7 @@ class GpuBatch(GraphClock):
         self.step.embed(run.clock, run.tokens, run.host_tokens, run.stamps, 0, last=False, greedy=False, pdl=False)
 
     def _pay(self, chunk: Any) -> None:
-        fft, scratch = self.decoder.ffts[chunk.size], self.decoder.scratch
+        fft, scratch = self.decoder.ffts[chunk.size], self.run.scratch
         sources, targets = chunk.sources, chunk.targets
         fft.pay(self.run.history, sources, targets, chunk.channels, self.batch, self.ring, self._since, scratch)
 

@@ -131,14 +131,14 @@ class GraphClock:
 
     def _pay(self, chunk: Chunk) -> None:
         rows = self.run.history[self.run.lead :]
-        fft, scratch = self.decoder.ffts[chunk.size], self.decoder.scratch
+        fft, scratch = self.decoder.ffts[chunk.size], self.run.scratch
         fft.pay(rows, chunk.sources, chunk.targets, chunk.channels, self.batch, scratch=scratch)
 
     def _pay_square(self, tile: Rectangle) -> None:
         """A Relaxed square at once."""
         rows, fft = self.run.history[self.run.lead :], self.decoder.ffts[len(tile.sources)]
         for some in self.decoder.pieces(self.batch):
-            fft.pay(rows, tile.sources, tile.targets, some, self.batch, scratch=self.decoder.scratch)
+            fft.pay(rows, tile.sources, tile.targets, some, self.batch, scratch=self.run.scratch)
 
     def _sixteen(self) -> torch.cuda.CUDAGraph:
         return self._graph(self.draw, lambda: positions(self.decoder, self.step, self.run, self.draw))
@@ -151,4 +151,5 @@ class GraphClock:
             with torch.cuda.graph(graph, stream=self.main):
                 launch()
             self._captured[key] = graph
+            self.decoder.hold()
         return self._captured[key]

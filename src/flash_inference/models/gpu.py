@@ -30,6 +30,7 @@ from flash_inference.models.gpu_memory import (
     gpu_bytes,
     near_side,
     points_at_once,
+    spectrum_bytes,
 )
 from flash_inference.models.gpu_modules import ModuleStep, ModuleSteps, unreplayed
 from flash_inference.models.side_by_side import SideBySide
@@ -55,7 +56,7 @@ class GpuRun:
 
     `pending` is the step's own: what mixers with another past keep, with room for `room` positions a row. Row r belongs
     to position r - lead; `lead` rows end where the prompts end, a multiple of the graph's positions. What stands before
-    a shorter prompt is zero.
+    a shorter prompt is zero. `scratch` is what large tiles are worked in, one after the other.
     """
 
     batch: int
@@ -68,6 +69,7 @@ class GpuRun:
     tokens: Tensor
     host_tokens: Tensor
     stamps: Tensor
+    scratch: Tensor
 
 
 class GpuSteps(Protocol):
@@ -152,7 +154,6 @@ class GpuDecoder:
             self.ffts[size] = fft = TileFFT(size, self.padded, near if self.bounded else 0)
             if size in self.plan.kept:
                 fft.prepare(self.channels, max(1, min(self.points // (4 * size), config.width)))
-        self.scratch = torch.empty(self.room.scratch(self.channels, config.width), device=self.device)
         self._warmed = set[int]()
         if batch == 1:
             self._warm(self.step, 1)
@@ -160,6 +161,9 @@ class GpuDecoder:
     def step_of(self, batch: int, shapes: BatchShapes | None = None) -> AnyStep:
         """What runs a position of one sequence, or of a batch of that many: a fork, with scratch of its own."""
         if batch == 1:
+            if 1 not in self._warmed:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._warm(self.step, 1)
             return self.step.fork()
         key = batch, shapes
         if key not in self._made:
@@ -207,6 +211,11 @@ class GpuDecoder:
             tokens=torch.full((rows, batch), -1, dtype=torch.long, device=device),
             host_tokens=torch.full((rows, batch), -1, dtype=torch.long, pin_memory=device.type == "cuda"),
             stamps=torch.zeros(rows, dtype=torch.long, device=device),
+            scratch=torch.empty(
+                replace(self.room, batch=batch).scratch(self.channels, self.config.width),
+                dtype=torch.float32,
+                device=device,
+            ),
         )
 
     @torch.no_grad()
@@ -274,15 +283,15 @@ class GpuDecoder:
         """
         P, near = inputs.shape[1], self.near_side
         out = torch.zeros(new, self.channels, device=self.device)
-        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and 2 * fft.size >= P + new - near)
+        fits = (fft for fft in self.ffts.values() if fft.kept and fft.lag == near and fft.size >= max(P, new - near))
         far = next(fits, None) if new > near else None
         first = new if far is None else near
         known = P + min(first, new) <= self.early.shape[1]
-        soon = TileFFT(next_power(P + min(first, new)) // 2, self._early if known else self.padded)
-        rows_of = inputs.T.contiguous()
+        soon = TileFFT(max(GRAPH, next_power(max(P, min(first, new)))), self._early if known else self.padded)
+        given = inputs.T.contiguous()
         for fft, rows in ((soon, out[:first]), *(() if far is None else ((far, out[near:]),))):
             for lanes in self._lanes(2 * fft.size):
-                fft.owe(rows_of, rows, lanes)
+                fft.owe(given, rows, lanes)
         return out
 
     def _early(self, first: int, stop: int, lanes: range) -> Tensor:
@@ -304,7 +313,7 @@ class GpuDecoder:
         return self.room.groups(span, self.channels)
 
     def _warm(self, step: AnyStep, batch: int) -> None:
-        """Runs every kernel once on scratch, so that nothing is compiled, planned or allocated in the loop."""
+        """Runs every kernel once on memory of no worth, so that nothing is compiled in the loop."""
         if self.device.type != "cuda":
             return
         run, side = self.init(self.near_side, GRAPH, batch), GRAPH
@@ -316,13 +325,26 @@ class GpuDecoder:
                 self.pay_square(run, side)
                 side *= 2
         if batch not in self._warmed and self.channels:
-            room = replace(self.room, batch=batch)
+            # A tile of more sources or targets than its side is a run's largest: which that is, each run decides.
+            more = self.bounded and not self.room.lives
             with torch.cuda.stream(self.back if self.bounded else self.main):
                 for size, fft in self.ffts.items():
-                    widest = room.widest(size, self.channels, self.config.width)
-                    fft.warm(run.history, widest, batch, self.scratch, more=size == room.sides[-1])
-            self._warmed.add(batch)
+                    widest = replace(self.room, batch=batch).widest(size, self.channels, self.config.width)
+                    fft.warm(run.history, widest, batch, run.scratch, more)
+        self._warmed.add(batch)
         torch.cuda.synchronize()
+
+    def hold(self) -> None:
+        """Leaves with the allocator what spectra are made in that are not kept, so that no chunk asks the driver.
+
+        That would stall a run for milliseconds. Whoever captures a graph calls it afterwards: a capture gives back all
+        that the allocator keeps.
+        """
+        if self.device.type == "cuda" and any(not fft.kept for fft in self.ffts.values()):
+            with torch.cuda.stream(self.back if self.bounded else self.main):
+                torch.empty(
+                    spectrum_bytes(self.shape, self.room, self.plan.kept), dtype=torch.uint8, device=self.device
+                )
 
 
 def unusable(weight: Tensor) -> str | None:

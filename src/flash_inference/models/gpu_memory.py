@@ -231,7 +231,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
-    scratch, spectrum = 4 * run.scratch(C, shape.width), _spectrum(shape, run, kept)
+    scratch, spectrum = 4 * run.scratch(C, shape.width), spectrum_bytes(shape, run, tuple(kept))
     tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + spectrum
     at_once = max(_prefill(shape, run), spectrum)
     if B > 1:
@@ -262,7 +262,7 @@ def _made(channels: int, shape: GpuShape, n: int, length: int) -> int:
     return max(_taps(shape, points, n), 2 * 4 * shape.hidden * n + 32 * points)
 
 
-def _spectrum(shape: GpuShape, run: GpuRunShape, kept: tuple[int, ...] | list[int]) -> int:
+def spectrum_bytes(shape: GpuShape, run: GpuRunShape, kept: tuple[int, ...]) -> int:
     """A chunk's spectrum made anew, where it is not kept, beside the hidden layers that a prompt left or its own."""
     most = 2 * 4 * shape.hidden * run.length
     for size in run.sides if shape.channels else ():

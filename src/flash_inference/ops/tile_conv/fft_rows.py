@@ -53,7 +53,7 @@ class TileFFT:
         for c in range(0, channels, piece):
             made = self._make(range(c, min(c + piece, channels)), torch.float64)
             if self._spectra is None:
-                self._spectra = torch.empty(2, self.size, channels, device=made.device)
+                self._spectra = made.new_empty(2, self.size, channels)
             self._spectra[:, :, c : c + piece] = made
 
     @property
@@ -135,21 +135,24 @@ class TileFFT:
         }  # fmt: skip
         whole = outer.size == 1
         if scratch is None:
-            scratch = torch.empty(scratch_numbers(V, lanes), device=out.device)
+            scratch = torch.empty(scratch_numbers(V, lanes), dtype=torch.float32, device=out.device)
+        assert scratch.numel() >= scratch_numbers(V, lanes)
         if not whole:
             inward[(outer.programs(lanes), inner.size)](
                 **read, scratch=scratch, table=around, turns=between, R=inner.size, **outer.launch
             )
         across[(inner.programs(lanes), outer.size)](
-            **read | add, scratch=scratch, table=within, spectrum=spectrum, column=column, size=V,
-            width=spectrum.shape[2], batch=batch, WHOLE=whole, **inner.launch,
+            **read | add | {"MORE": more and whole}, scratch=scratch, table=within, spectrum=spectrum, column=column,
+            size=V, width=spectrum.shape[2], batch=batch, WHOLE=whole, **inner.launch,
         )  # fmt: skip
         if not whole:
             outward[(outer.programs(lanes), inner.size)](
                 **add, scratch=scratch, table=around, turns=between, R=inner.size, **outer.launch
             )
 
-    def warm(self, history: Tensor, channels: int, batch: int, scratch: Tensor, more: bool = False) -> None:
+    def warm(
+        self, history: Tensor, channels: int, batch: int, scratch: Tensor | None = None, more: bool = False
+    ) -> None:
         """Runs on a history of no worth all that `pay` runs, so that nothing is compiled later.
 
         `more`: also what tiles of more than V sources or targets run.

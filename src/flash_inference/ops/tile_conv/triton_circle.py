@@ -126,7 +126,8 @@ def lanes(L: tl.constexpr):
 
 
 @triton.jit
-def _plain(x, L: tl.constexpr):
+def plain(x, L: tl.constexpr):
+    """What splits leave, a layout by its name: nothing moves."""
     if EXPLICIT:
         return gl.convert_layout(x, spread(L, 0, gl.num_warps()), assert_trivial=True)
     else:
@@ -157,7 +158,7 @@ def exchange(x, T: tl.constexpr, L: tl.constexpr):
         x = low + high
     y = ()
     for i in tl.static_range(T):
-        y = y + (_plain(x[i], L),)
+        y = y + (plain(x[i], L),)
     return y
 
 
@@ -292,26 +293,9 @@ def inward(
     n2 = tl.program_id(1)
     V = R * (E * T)
     re, im = read(
-        given,
-        since,
-        sequences,
-        start,
-        sources,
-        before,
-        position,
-        first,
-        lane,
-        wanted,
-        wide,
-        ring,
-        n2,
-        R,
-        V,
-        E,
-        T,
-        L,
+        given, since, sequences, start, sources, before, position, first, lane, wanted, wide, ring, n2, R, V, E, T, L,
         MORE,
-    )
+    )  # fmt: skip
     re, im = forward(re, im, table, E, T, L)
     re, im = turned(re, im, turns + n2 * (E * T), rows(E, L), 1, E, V, False)
     high = scratch + V * tl.cast(count, tl.int64)
