@@ -7,6 +7,7 @@ import gc
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +33,7 @@ from flash_inference.mixers.rows import inputs_of
 from flash_inference.models.decoder import Decoder, ModelState
 from flash_inference.models.rows import fork, leave, lengthened, row_bytes, slot_bytes
 from flash_inference.models.snapshot import load_state, save_state
+from flash_inference.ops.decode_step.numpy import alike
 from flash_inference.testing import random_model
 from flash_inference.tiling import Blocked, Relaxed, Separated, Spread
 
@@ -168,6 +170,23 @@ def test_a_request_computes_what_it_computes_alone(model: LanguageModel, tiling:
             other.run()
             assert alone.tokens == request.tokens
             assert torch.equal(logits_of(alone), logits_of(request))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_of_a_product_are_padded_only_where_that_makes_them_alike(dtype: str) -> None:
+    """Not all of BLAS's kernels can: with those rows are as many as were asked for."""
+    random = np.random.default_rng(1)
+    row, matrix = (random.standard_normal((n, 40)).astype(dtype) for n in (1, 40))
+
+    def same(rows: int) -> bool:
+        made = np.dot(np.repeat(row, rows, axis=0), matrix)
+        return bool((made == made[0]).all())
+
+    for batch in range(1, 34):
+        rows = alike(batch, 40, dtype)
+        assert batch <= rows <= -(-batch // 8) * 8
+        assert same(rows) or rows == batch
+        assert rows == batch or not same(batch)
 
 
 @models

@@ -27,7 +27,7 @@ from flash_inference.models.gpu import GRAPH, GpuDecoder, tuned_near
 from flash_inference.models.gpu_memory import READ, GpuRunShape, GpuShape, free_on, gpu_bytes
 from flash_inference.models.gpu_prompt import PromptReader
 from flash_inference.models.rows import row_bytes
-from flash_inference.ops.tile_conv.fft_rows import TileFFT, stretches
+from flash_inference.ops.tile_conv.fft_rows import TileFFT
 from flash_inference.tiling import Tiling
 from flash_inference.tiling.schedule import Pricing
 
@@ -313,7 +313,7 @@ class GpuBatch(GraphClock):
         if not len(positions) or not self.decoder.channels:
             return
         column = self.run.history.view(-1, self.decoder.channels, self.batch)[..., row]
-        for place, start, count in stretches(positions, self.ring):
+        for place, start, count in _stretches(positions, self.ring):
             column[start : start + count] = 0 if values is None else values[place : place + count]
 
     def _embed(self, row: int, token: int) -> None:
@@ -338,3 +338,11 @@ class GpuBatch(GraphClock):
 def prompt_filters(model: LanguageModel, length: int, new_tokens: int) -> int:
     """Bytes of the filters that prompts are read with."""
     return filter_bytes(model, length, endless(new_tokens))
+
+
+def _stretches(positions: range, ring: int) -> list[tuple[int, int, int]]:
+    """(place, row, count) of each run of rows that holds positions, the one at `place` first; two where a ring ends."""
+    row = positions.start % ring
+    first = min(len(positions), ring - row)
+    rest = len(positions) - first
+    return [(0, row, first)] + ([(first, 0, rest)] if rest else [])

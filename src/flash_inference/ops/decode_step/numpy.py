@@ -8,6 +8,7 @@ step runs on numpy views of the tensors' own memory, all of them made once per s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -78,12 +79,20 @@ class HyenaStep:
         return BoundStep(self, inputs.numpy(), partial.numpy(), short.numpy())
 
 
-def alike(batch: int) -> int:
-    """Rows of a product in which each is summed as every other one: a power of two, or a multiple of eight.
+@cache
+def alike(batch: int, width: int, dtype: str) -> int:
+    """Rows of a product, `batch` or a few more, in which a row's bits do not depend on its place: found by trying.
 
-    BLAS takes rows in groups of 8, 4, 2 and 1, and may sum differently in each: a row's bits would depend on its place.
+    BLAS takes rows in groups, and may sum differently in each. Where no number up to the next multiple of eight will
+    do, it is `batch`: so for float32 above eight rows with OpenBLAS's Haswell kernels.
     """
-    return -(-batch // 8) * 8 if batch > 4 else 1 << (batch - 1).bit_length()
+    random = np.random.default_rng(0)
+    row, matrix = (random.standard_normal((n, min(width, 256))).astype(dtype) for n in (1, min(width, 256)))
+    for rows in range(batch, -(-batch // 8) * 8 + 1):
+        made = np.dot(np.repeat(row, rows, axis=0), matrix)
+        if (made == made[0]).all():
+            return rows
+    return batch
 
 
 class BoundStep:
@@ -95,7 +104,7 @@ class BoundStep:
     def __init__(self, step: HyenaStep, inputs: Array, partial: Array, short: Array) -> None:
         D, N, batch, layers = step.width, step.order, inputs.shape[1], len(step.norms)
         lead, some = ((), ...) if batch == 1 else ((batch,), slice(batch))
-        padded = () if batch == 1 else (alike(batch),)
+        padded = () if batch == 1 else (alike(batch, D, inputs.dtype.name),)
         with torch.inference_mode(False):
             self.flat = torch.zeros(*padded, D, dtype=step.dtype)
             self.hidden = torch.zeros(*padded, step.inner, dtype=step.dtype)

@@ -160,13 +160,3 @@ class TileFFT:
         some = range(min(self.size, len(history)))
         for kind in (False, True) if more else (False,):
             self._turn(history, some, history, some, range(channels), batch, scratch=scratch, more=kind)
-
-
-def stretches(positions: range, ring: int | None) -> list[tuple[int, int, int]]:
-    """(place, row, count) of each run of rows that holds positions, the one at `place` first; two where a ring ends."""
-    if ring is None:
-        return [(0, positions.start, len(positions))]
-    row = positions.start % ring
-    first = min(len(positions), ring - row)
-    rest = len(positions) - first
-    return [(0, row, first)] + ([(first, 0, rest)] if rest else [])
