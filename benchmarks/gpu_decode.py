@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--segments", type=int, default=15, help="pairs; odd, since tiles come at powers of two")
     parser.add_argument("--parts", default="whole,relaxed,mixing,baselines")
+    parser.add_argument("--card", type=float, help="GiB to take at most, as if the GPU had no more")
     parser.add_argument("--commit", default=str(provenance()["commit"]))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder; rows are appended")
     parser.add_argument("--quick", action="store_true", help="4 layers of width 256, 16,384 positions")
@@ -239,9 +240,17 @@ def main() -> None:
     torch.cuda.empty_cache()
     floor = (matrices - model.embedding.weight.numel() * 2) / speed * 1e6
     new = args.length
+    free = None
+    if args.card:
+        most = int(args.card * 2**30)
+        torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
+        free = most - torch.cuda.memory_allocated()
     if "whole" in parts:
-        decoder = GpuDecoder(model, args.length)
+        torch.cuda.reset_peak_memory_stats()
+        decoder = GpuDecoder(model, args.length, free=free)
         loop, tokens, seconds = whole(decoder, new)
+        plan, peak = decoder.plan, torch.cuda.max_memory_allocated()
+        memory = {"planned_bytes": plan.own + plan.total - plan.graphs, "peak_bytes": peak, "card_gib": args.card}
         times = stats(loop, GRAPH)
         if "samples" in parts:
             places = [new - 2, new // 2 + 77, new // 8 + 5]
@@ -263,7 +272,7 @@ def main() -> None:
             "weight_floor_us": floor,
             "copy_bytes_per_s": speed,
         }
-        write(row | times | answer | {"peak_bytes": torch.cuda.max_memory_allocated()})
+        write(row | times | answer | memory)
         del loop
         if "mixing" in parts:
             torch.cuda.empty_cache()

@@ -232,8 +232,10 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
     scratch, spectrum = 4 * run.scratch(C, shape.width), spectrum_bytes(shape, run, tuple(kept))
+    unkept = C > 0 and len(kept) < len(run.sides)
     tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + spectrum
-    at_once = max(_prefill(shape, run), spectrum)
+    # Where spectra are made in the run, its stream has its own place for cuBLAS from the start on.
+    at_once = max(_prefill(shape, run) + (BLAS if unkept else 0), spectrum)
     if B > 1:
         made = max(made, 8 * shape.largest)
     return GpuBytes(
