@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -57,18 +58,18 @@ def simulate(span: int, channels: int, pricing: Pricing, near: int = NEAR) -> Ru
 def test_groups_pay_what_their_tilings_say(channels: int, span: int, near: int) -> None:
     """Each channel gets the large tiles of its own group's Staggered, on circles that hold them."""
     groups = Groups(span, near, EVERY, channels)
-    assert {tiling.shift for tiling in groups.tilings} == set(range(len(groups.tilings)))
+    assert {tiling.shift % len(groups.tilings) for tiling in groups.tilings} == set(range(len(groups.tilings)))
     for n in range(0, span, EVERY):
         got = {}
         for size, tile, some in groups.after(n):
             assert size in groups.sizes
             assert len(tile.sources) + len(tile.targets) <= 2 * size
-            assert not some.start % 2
+            assert not some.start % 8 or channels < 8 * len(groups.tilings)
             assert len(some) <= groups.most(size)
             got |= {c: tile for c in some}
         for group, tiling in enumerate(groups.tilings):
             large = [tile for tile in tiling.after(n - 1) if tile.slack] if n else []
-            for c in range(group * groups.width, min((group + 1) * groups.width, channels)):
+            for c in range(groups.edges[group], groups.edges[group + 1]):
                 assert [got[c]] == large if c in got else not large
 
 
@@ -87,19 +88,36 @@ def test_groups_of_a_clock_without_end(channels: int, taps: int, near: int, firs
             got |= {c: tile for c in some}
         for group, tiling in enumerate(groups.tilings):
             large = [tile for tile in tiling.after(n - 1) if tile.slack]
-            for c in range(group * groups.width, min((group + 1) * groups.width, channels)):
+            for c in range(groups.edges[group], groups.edges[group + 1]):
                 assert [got[c]] == large if c in got else not large
 
 
-@pytest.mark.parametrize("channels", [13_824, 2048])
+@pytest.mark.parametrize("channels", [13_824, 4096, 2048])
 def test_every_block_has_as_much_to_do(channels: int) -> None:
-    """Up to the sides of which one group is paid at a time."""
-    groups, counts = Groups(1 << 17, NEAR, EVERY, channels), set()
-    assert len(groups.tilings) == GROUPS
-    for n in range(GROUPS * NEAR, 1 << 16, NEAR):
-        small = [(size, len(some)) for size, _, some in groups.after(n) if size < GROUPS * NEAR]
-        counts.add(tuple(sorted(small)))
-    assert counts == {tuple((NEAR << q, channels >> (q + 1)) for q in range(6))}
+    """Up to the sides of which one group is paid at a time: but for the eights of channels that groups begin at."""
+    groups, near = Groups(1 << 17, 64, EVERY, channels), 64
+    count = len(groups.tilings)
+    assert count == min(GROUPS, channels // 16)
+    for n in range(count * near, 1 << 16, near):
+        paid = {size: len(some) for size, _, some in groups.after(n) if size < count * near // 2}
+        for q in range(count.bit_length() - 2):
+            assert abs(paid[near << q] - channels / 2 ** (q + 1)) <= 8
+
+
+@pytest.mark.parametrize("log_span", [17, 20])
+@pytest.mark.parametrize("channels", [13_824, 2048, 256])
+def test_large_sides_do_not_come_in_bursts(channels: int, log_span: int) -> None:
+    """Of groups that pay a side one by one, the next is never much later than twice the time between two."""
+    near, span = 64, 1 << log_span
+    groups, ready = Groups(span, near, EVERY, channels), dict[int, list[int]]()
+    for n in range(near, span, near):
+        for size, _, _ in groups.after(n):
+            ready.setdefault(size, []).append(n)
+    alone = [size for size in groups.sizes if 2 * size >= near * len(groups.tilings)]
+    assert len(alone) > 3
+    for size in alone:
+        between = 2 * size // len(groups.tilings)
+        assert max(b - a for a, b in pairwise([0, *ready[size], span])) <= 2 * between + near
 
 
 @given(channels=channel_counts, span=spans, near=st.sampled_from((16, 32, 64, NEAR)))
@@ -280,8 +298,7 @@ def test_the_check_for_meetings_can_fail() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 17, 32, 64])
 @pytest.mark.parametrize("size", [256, 512, 4096, 65536])
-def test_chunks_of_a_batch_cover_the_channels_from_even_ones(size: int, batch: int) -> None:
+def test_chunks_of_a_batch_cover_the_channels(size: int, batch: int) -> None:
     cuts = Pricing().widths(size, range(13_824), batch)
     assert [c for cut in cuts for c in cut] == list(range(13_824))
-    assert all(cut.start % 2 == 0 for cut in cuts)
     assert all(len(cut) * batch >= 8 for cut in cuts[:-1])

@@ -88,8 +88,8 @@ class GraphClock:
     def _chunks(self, n: int) -> list[Chunk]:
         """The chunks of the large tiles that become ready when n positions are known."""
         tiles = self.groups.after(n) if self.mixing else ()
-        cut = self.pricing.cut
-        return [chunk for size, tile, some in tiles for chunk in cut(size, tile, some, GRAPH, self.batch)]
+        cut, least = self.pricing.cut, self.decoder.least
+        return [chunk for size, tile, some in tiles for chunk in cut(size, tile, some, GRAPH, self.batch, least(size))]
 
     def _large(self, n: int) -> list[Rectangle]:
         """The large Relaxed squares that become ready when n positions are known."""

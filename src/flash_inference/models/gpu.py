@@ -212,7 +212,7 @@ class GpuDecoder:
             host_tokens=torch.full((rows, batch), -1, dtype=torch.long, pin_memory=device.type == "cuda"),
             stamps=torch.zeros(rows, dtype=torch.long, device=device),
             scratch=torch.empty(
-                replace(self.room, batch=batch).scratch(self.channels, self.config.width),
+                replace(self.room, batch=batch).scratch(self.channels, self.config.width, self.plan.kept),
                 dtype=torch.float32,
                 device=device,
             ),
@@ -301,12 +301,16 @@ class GpuDecoder:
 
     def _lanes(self, n: int) -> list[range]:
         """Channels whose transforms of n points are made at once: few large ones, since the host launches each."""
-        width = max(2, OWED // n // 2 * 2)
+        width = max(1, OWED // n)
         return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
 
     def pieces(self, batch: int) -> list[range]:
         """The channels of each part of a Relaxed square."""
         return replace(self.room, batch=batch).pieces(self.channels, self.config.width)
+
+    def least(self, size: int) -> int:
+        """The channels that a chunk of that size has at least."""
+        return self.room.least(size, self.channels, size in self.plan.kept)
 
     def groups(self, span: int | None) -> Groups:
         """Which channels pay which large tiles when, over so many positions behind a prompt, or without end."""
@@ -329,7 +333,8 @@ class GpuDecoder:
             more = self.bounded and not self.room.lives
             with torch.cuda.stream(self.back if self.bounded else self.main):
                 for size, fft in self.ffts.items():
-                    widest = replace(self.room, batch=batch).widest(size, self.channels, self.config.width)
+                    room = replace(self.room, batch=batch)
+                    widest = room.widest(size, self.channels, self.config.width, fft.kept)
                     fft.warm(run.history, widest, batch, run.scratch, more)
         self._warmed.add(batch)
         torch.cuda.synchronize()

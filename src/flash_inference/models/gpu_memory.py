@@ -15,7 +15,7 @@ from flash_inference.models.fused import unfused
 from flash_inference.ops.tile_conv import measured
 from flash_inference.ops.tile_conv.factors import scratch_numbers
 from flash_inference.tiling import Staggered
-from flash_inference.tiling.schedule import Groups, Pricing
+from flash_inference.tiling.schedule import LEAST, Groups, Pricing
 from flash_inference.tiling.triangle import next_power
 
 if TYPE_CHECKING:
@@ -166,22 +166,28 @@ class GpuRunShape:
 
     def pieces(self, channels: int, width: int) -> list[range]:
         """The channels of each part of a Relaxed square: about a layer's, for smaller workspace at hardly any cost."""
-        width = max(2, width // self.batch // 2 * 2)
+        width = max(1, width // self.batch)
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
-    def widest(self, size: int, channels: int, width: int) -> int:
+    def least(self, size: int, channels: int, kept: bool) -> int:
+        """Channels that a chunk of that size has at least.
+
+        Where its spectrum is not kept: as many as are made at once. The host launches some 30 kernels for one channel
+        or for 64.
+        """
+        return LEAST if kept else max(LEAST, points_at_once(channels, self.length) // (2 * size))
+
+    def widest(self, size: int, channels: int, width: int, kept: bool) -> int:
         """Channels of the widest chunk of that size."""
         if not self.bounded:
             return len(self.pieces(channels, width)[0])
-        most = self.groups(self.length, channels).most(size)
-        return len(self.pricing.widths(size, range(most), self.batch)[0])
+        most, least = self.groups(self.length, channels).most(size), self.least(size, channels, kept)
+        return len(self.pricing.widths(size, range(most), self.batch, least)[0])
 
-    def scratch(self, channels: int, width: int) -> int:
+    def scratch(self, channels: int, width: int, kept: tuple[int, ...]) -> int:
         """Numbers that the largest chunk works on, or the largest part of a Relaxed square; `width` is a layer's."""
-        sizes = self.sides if channels else ()
-        return max(
-            (scratch_numbers(size, self.widest(size, channels, width) * self.batch) for size in sizes), default=0
-        )
+        lanes = {size: self.widest(size, channels, width, size in kept) * self.batch for size in self.sides if channels}
+        return max((scratch_numbers(size, many) for size, many in lanes.items()), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +237,7 @@ def gpu_bytes(shape: GpuShape, run: GpuRunShape, spectra: int) -> GpuBytes:
     state = (rows + run.near) * C * B * run.dtype.itemsize + B * shape.past + rows * (8 * B + 8)
     small = 24 * B * shape.vocab + 16 * B * (shape.activations + shape.width)
     made = max((_made(C, shape, 2 * size, run.length) for size in kept), default=0)
-    scratch, spectrum = 4 * run.scratch(C, shape.width), spectrum_bytes(shape, run, tuple(kept))
+    scratch, spectrum = 4 * run.scratch(C, shape.width, tuple(kept)), spectrum_bytes(shape, run, tuple(kept))
     unkept = C > 0 and len(kept) < len(run.sides)
     tried = (2 * run.near + GRAPH) * C * B * run.dtype.itemsize + spectrum
     # Where spectra are made in the run, its stream has its own place for cuBLAS from the start on.
@@ -269,7 +275,7 @@ def spectrum_bytes(shape: GpuShape, run: GpuRunShape, kept: tuple[int, ...]) -> 
     most = 2 * 4 * shape.hidden * run.length
     for size in run.sides if shape.channels else ():
         if size not in kept:
-            points = run.widest(size, shape.channels, shape.width) * size
+            points = run.widest(size, shape.channels, shape.width, False) * size
             made = max(_taps(shape, 2 * points, 2 * size), 2 * 4 * shape.hidden * 2 * size + 24 * points)
             most = max(most, made + BLAS)
     return most
@@ -284,7 +290,7 @@ def _prefill(shape: GpuShape, run: GpuRunShape) -> int:
     points, half = points_at_once(shape.channels, total), 2 * shape.activations * P
     if run.lives:
         n, read = 2 * next_power(total), min(READ, total)
-        width = max(2, min(OWED // n, shape.channels))
+        width = max(1, min(OWED // n, shape.channels))
         return 32 * width * n + _taps(shape, width * n, n) + 4 * (shape.activations + shape.channels) * read
     if P == 1:
         width = max(1, min(points // total, shape.width))
