@@ -154,6 +154,7 @@ def stats(loop: GpuLoop, skip: int) -> dict[str, float]:
         "mean_us": float(steps.mean()), "median_us": float(q[0]), "p99_us": float(q[1]), "p999_us": float(q[2]),
         "worst_us": float(q[3]), "worst_over_median": float(q[3] / q[0]), "worst_at": int(steps.argmax()) + skip,
         "next_worst_us": [round(float(us), 1) for us in np.sort(steps)[-5:-1]],
+        "next_worst_at": (np.argsort(steps)[-5:-1] + skip).tolist(),
         "steps": len(steps), "clock_ns": int(np.diff(np.unique(stamps))[:2000].min()),
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from flash_inference.tiling.schedule import GROUPS, Chunk, Groups, Pricing, Sche
 
 EVERY = 16
 NEAR = 256
-FEWEST = 8
+LEAST = 32
 
 channel_counts = st.one_of(st.sampled_from((1, 31, 32, 33, 768, 1536, 18432)), st.integers(1, 20_000))
 spans = st.integers(1, 512).map(lambda n: n * EVERY)
@@ -64,7 +64,7 @@ def test_groups_pay_what_their_tilings_say(channels: int, span: int, near: int) 
         for size, tile, some in groups.after(n):
             assert size in groups.sizes
             assert len(tile.sources) + len(tile.targets) <= 2 * size
-            assert not some.start % 8 or channels < 8 * len(groups.tilings)
+            assert not some.start % 32 or channels < 32 * len(groups.tilings)
             assert len(some) <= groups.most(size)
             got |= {c: tile for c in some}
         for group, tiling in enumerate(groups.tilings):
@@ -94,14 +94,14 @@ def test_groups_of_a_clock_without_end(channels: int, taps: int, near: int, firs
 
 @pytest.mark.parametrize("channels", [13_824, 4096, 2048])
 def test_every_block_has_as_much_to_do(channels: int) -> None:
-    """Up to the sides of which one group is paid at a time: but for the eights of channels that groups begin at."""
+    """Up to the sides of which one group is paid at a time: but for the lines of memory that groups begin at."""
     groups, near = Groups(1 << 17, 64, EVERY, channels), 64
     count = len(groups.tilings)
-    assert count == min(GROUPS, channels // 16)
+    assert count == min(GROUPS, channels // 32)
     for n in range(count * near, 1 << 16, near):
         paid = {size: len(some) for size, _, some in groups.after(n) if size < count * near // 2}
         for q in range(count.bit_length() - 2):
-            assert abs(paid[near << q] - channels / 2 ** (q + 1)) <= 8
+            assert abs(paid[near << q] - channels / 2 ** (q + 1)) <= 32
 
 
 @pytest.mark.parametrize("log_span", [17, 20])
@@ -152,7 +152,7 @@ def test_a_cut_covers_all_channels_once(
     assert [c for chunk in chunks for c in chunk.channels] == list(range(first, first + channels))
     widths = {len(chunk.channels) for chunk in chunks[:-1]}
     assert len(widths) <= 1
-    assert all(width % (32 if width >= 32 else 8) == 0 for width in widths)
+    assert all(width % 32 == 0 for width in widths)
     assert len(chunks[-1].channels) <= len(chunks[0].channels)
     for chunk in chunks:
         assert chunk.cost > 0
@@ -165,7 +165,7 @@ def test_chunks_cost_about_the_target(channels: int, log_size: int) -> None:
     """A chunk costs no more than the target, unless the fewest channels already do."""
     size, pricing = 1 << log_size, Pricing()
     tile = Rectangle(range(size), range(size + NEAR, 2 * size + NEAR))
-    fewest = FEWEST * size / pricing.rate(size)
+    fewest = LEAST * size / pricing.rate(size)
     for chunk in pricing.cut(size, tile, range(channels), EVERY):
         assert chunk.cost <= max(pricing.target, fewest)
 
@@ -301,4 +301,4 @@ def test_the_check_for_meetings_can_fail() -> None:
 def test_chunks_of_a_batch_cover_the_channels(size: int, batch: int) -> None:
     cuts = Pricing().widths(size, range(13_824), batch)
     assert [c for cut in cuts for c in cut] == list(range(13_824))
-    assert all(len(cut) * batch >= 8 for cut in cuts[:-1])
+    assert all(len(cut) * batch >= 32 for cut in cuts[:-1])

@@ -17,10 +17,10 @@ from .triangle import next_power
 
 GROUPS = 256
 """Groups of channels at most. Those that pay a side of half as many near-blocks, or a larger one, are one at a time."""
-FEWEST = 16
+FEWEST = 32
 """Channels a group at least."""
-LEAST = 8
-"""Channels a chunk at least: what memory moves at once."""
+LEAST = 32
+"""Channels a chunk at least, where there are as many: a whole line of memory of each row. Fewer take as long."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,9 +54,9 @@ class Groups:
         reach = next_power(span or taps or 1)
         most = max(1, min(GROUPS, channels // FEWEST, reach // near))
         bits = most.bit_length() - 1
-        unit = LEAST if channels >> bits >= LEAST else 1
+        unit = next((unit for unit in (LEAST, 8) if channels >> bits >= unit), 1)
         self.edges = [*((channels * group >> bits) // unit * unit for group in range(1 << bits)), channels]
-        """Group g has channels edges[g] .. edges[g + 1] - 1; all but the last stand at whole pieces of memory."""
+        """Group g has channels edges[g] .. edges[g + 1] - 1; lines of memory begin there, but for few channels."""
         shifts = [_repeated(_reversed(group, bits), bits, max(1, reach // near)) for group in range(1 << bits)]
         self.tilings = [Staggered(span, near, block, shift, taps=taps) for shift in shifts]
         self._shifts, self._top = shifts, self.tilings[0].top
@@ -107,11 +107,10 @@ class Pricing:
     def widths(self, size: int, channels: range, batch: int = 1, least: int = LEAST) -> list[range]:
         """The channels of each chunk of a tile of that size, each for `batch` sequences; `least` transforms at least.
 
-        Whole blocks of 32 or 8 channels, where rows stand for one sequence: what memory moves at once.
+        Multiples of LEAST, where rows stand for one sequence.
         """
         width = max(least, int(self.target * self.rate(size) / size))
-        width = width // 32 * 32 if width >= 32 else width // 8 * 8
-        width = -(-width // batch)
+        width = -(-(width // LEAST * LEAST) // batch)
         return [range(c, min(c + width, channels.stop)) for c in range(channels.start, channels.stop, width)]
 
     def cut(
