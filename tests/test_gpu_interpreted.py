@@ -235,8 +235,17 @@ def test_groups_of_channels_on_shifted_clocks(length: int, monkeypatch: pytest.M
     model, prompt = model_of(), torch.randint(29, (length,))
     decoder = GpuDecoder(model, 150, near=16, shapes=FEW)
     loop = GpuLoop(decoder, prompt, 114)
-    assert [tiling.shift for tiling in loop.groups.tilings] == [0, 2, 5, 7]
+    assert [tiling.shift for tiling in loop.groups.tilings] == [0, 2, 1, 3]
     check_greedy(model, prompt, torch.tensor(list(loop)))
+
+
+@slow
+def test_spectra_are_made_when_tiles_need_them() -> None:
+    model, prompt = model_of(), torch.randint(29, (5,))
+    decoder = GpuDecoder(model, 120, near=16, shapes=FEW, spectra_bytes=0)
+    assert decoder.ffts
+    assert not any(fft.kept for fft in decoder.ffts.values())
+    check_greedy(model, prompt, torch.tensor(list(GpuLoop(decoder, prompt, 100))))
 
 
 @slow

@@ -16,7 +16,7 @@ from flash_inference.models.stu import STUConfig
 from flash_inference.ops.tile_conv.factors import scratch_numbers
 from flash_inference.testing import random_model
 from flash_inference.tiling import Blocked, Prompted, Relaxed, Staggered
-from flash_inference.tiling.schedule import Groups, Pricing
+from flash_inference.tiling.schedule import LEAST, Groups, Pricing
 
 GIB = 1 << 30
 
@@ -55,13 +55,16 @@ def test_parts_are_what_is_allocated(
     assert made.weights > 0
 
 
+@pytest.mark.parametrize("spectra", [None, 0])
 @pytest.mark.parametrize("latency", ["bounded", "relaxed"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_the_scratch_of_a_run_holds_its_largest_chunk(latency: str, batch: int) -> None:
-    """Of every run that a decoder serves: as many rows or fewer, as long or shorter."""
+def test_the_scratch_of_a_run_holds_its_largest_chunk(latency: str, batch: int, spectra: int | None) -> None:
+    """Of every run that a decoder serves: as many rows or fewer, as long or shorter, spectra kept or made."""
     gpu = pytest.importorskip("flash_inference.models.gpu")
     pricing = Pricing(target=2.0, points=4096.0)
-    decoder = gpu.GpuDecoder(random_model(2, length=5000), 5000, near=16, latency=latency, batch=batch, pricing=pricing)
+    settings = {"near": 16, "latency": latency, "batch": batch, "pricing": pricing, "spectra_bytes": spectra}
+    decoder = gpu.GpuDecoder(random_model(2, length=5000), 5000, **settings)
+    assert all((decoder.least(size) == LEAST) == (size in decoder.plan.kept) for size in (16, 2048))
     for rows in range(1, batch + 1):
         for new in (5000, 3000, 2049, 1000):
             run, groups = decoder.init(1, new, rows), decoder.groups(new)
@@ -69,7 +72,7 @@ def test_the_scratch_of_a_run_holds_its_largest_chunk(latency: str, batch: int) 
             used = [scratch_numbers(size, len(piece) * rows) for size in decoder.ffts for piece in cuts]
             for n in range(16, new, 16) if latency == "bounded" else ():
                 for size, tile, some in groups.after(n):
-                    chunks = pricing.cut(size, tile, some, GRAPH, rows)
+                    chunks = pricing.cut(size, tile, some, GRAPH, rows, decoder.least(size))
                     used += [scratch_numbers(size, len(chunk.channels) * rows) for chunk in chunks]
             assert max(used) <= run.scratch.numel()
     assert decoder.plan.workspace > 4 * decoder.init(1, 5000, batch).scratch.numel() > 0

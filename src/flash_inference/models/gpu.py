@@ -301,7 +301,7 @@ class GpuDecoder:
 
     def _lanes(self, n: int) -> list[range]:
         """Channels whose transforms of n points are made at once: few large ones, since the host launches each."""
-        width = max(1, OWED // n)
+        width = max(2, OWED // n // 2 * 2)
         return [range(c, min(c + width, self.channels)) for c in range(0, self.channels, width)]
 
     def pieces(self, batch: int) -> list[range]:

@@ -166,7 +166,7 @@ class GpuRunShape:
 
     def pieces(self, channels: int, width: int) -> list[range]:
         """The channels of each part of a Relaxed square: about a layer's, for smaller workspace at hardly any cost."""
-        width = max(1, width // self.batch)
+        width = max(2, width // self.batch // 2 * 2)
         return [range(c, min(c + width, channels)) for c in range(0, channels, width)]
 
     def least(self, size: int, channels: int, kept: bool) -> int:
@@ -186,7 +186,8 @@ class GpuRunShape:
 
     def scratch(self, channels: int, width: int, kept: tuple[int, ...]) -> int:
         """Numbers that the largest chunk works on, or the largest part of a Relaxed square; `width` is a layer's."""
-        lanes = {size: self.widest(size, channels, width, size in kept) * self.batch for size in self.sides if channels}
+        sizes = self.sides if channels else ()
+        lanes = {size: self.widest(size, channels, width, size in kept) * self.batch for size in sizes}
         return max((scratch_numbers(size, many) for size, many in lanes.items()), default=0)
 
 
@@ -290,7 +291,7 @@ def _prefill(shape: GpuShape, run: GpuRunShape) -> int:
     points, half = points_at_once(shape.channels, total), 2 * shape.activations * P
     if run.lives:
         n, read = 2 * next_power(total), min(READ, total)
-        width = max(1, min(OWED // n, shape.channels))
+        width = max(2, min(OWED // n, shape.channels))
         return 32 * width * n + _taps(shape, width * n, n) + 4 * (shape.activations + shape.channels) * read
     if P == 1:
         width = max(1, min(points // total, shape.width))

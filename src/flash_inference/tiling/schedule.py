@@ -9,18 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from .staggered import Staggered
 from .tile import Rectangle
 from .triangle import next_power
 
-GROUPS = 256
-"""Groups of channels at most. Those that pay a side of half as many near-blocks, or a larger one, are one at a time."""
+GROUPS = 64
+"""Groups of channels at most: those that pay a side above so many near-blocks are one at a time."""
 FEWEST = 32
 """Channels a group at least."""
-LEAST = 32
-"""Channels a chunk at least, where there are as many: a whole line of memory of each row. Fewer take as long."""
+LEAST = 8
+"""Channels a chunk at least."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -39,14 +38,10 @@ class Chunk:
 
 
 class Groups:
-    """`channels` channels in groups g = 0, 1, .., 2^q - 1, each on Staggered with a shift of its own.
+    """`channels` channels in groups g = 0, 1, .., 2^q - 1, each on Staggered with the bits of g reversed as its shift.
 
-    A shift repeats the q bits of g, reversed, as far as the largest side asks. The lowest bits of shifts decide who
-    pays a small side: groups that pay the same one at the same time stand side by side. Any q neighbouring bits of
-    shifts take all values, so each side's blocks, however large, begin evenly spread over its period.
-
-    A span of None is a clock without end, for rows that live at most `taps` positions: sides then end at the power of
-    two that holds those.
+    So groups that pay the same side at the same time stand side by side. A span of None is a clock without end, for
+    rows that live at most `taps` positions: sides then end at the power of two that holds those.
     """
 
     def __init__(self, span: int | None, near: int, block: int, channels: int, taps: int | None = None) -> None:
@@ -54,12 +49,9 @@ class Groups:
         reach = next_power(span or taps or 1)
         most = max(1, min(GROUPS, channels // FEWEST, reach // near))
         bits = most.bit_length() - 1
-        unit = next((unit for unit in (LEAST, 8) if channels >> bits >= unit), 1)
-        self.edges = [*((channels * group >> bits) // unit * unit for group in range(1 << bits)), channels]
-        """Group g has channels edges[g] .. edges[g + 1] - 1; lines of memory begin there, but for few channels."""
-        shifts = [_repeated(_reversed(group, bits), bits, max(1, reach // near)) for group in range(1 << bits)]
-        self.tilings = [Staggered(span, near, block, shift, taps=taps) for shift in shifts]
-        self._shifts, self._top = shifts, self.tilings[0].top
+        width = -(-channels // (1 << bits))
+        self.width = -(-width // (8 if width >= 8 else 2)) * (8 if width >= 8 else 2)
+        self.tilings = [Staggered(span, near, block, _reversed(group, bits), taps=taps) for group in range(1 << bits)]
         largest = self.tilings[0].top if span is None else next_power(span) // 2
         self.sizes = [near << q for q in range((largest // near).bit_length())]
         """The sides of large tiles, ascending: near, 2 near, .. half of the span, or all that rows live."""
@@ -67,18 +59,17 @@ class Groups:
     def most(self, size: int) -> int:
         """Channels at most that pay a side at the same time."""
         together = max(1, len(self.tilings) // (2 * size // self.near))
-        return max(b - a for a, b in pairwise(self.edges[::together]))
+        return min(self.width * together, self.channels)
 
     def after(self, n: int) -> Iterator[tuple[int, Rectangle, range]]:
         """What becomes payable when n positions are known: (size, tile, channels) for each side in use."""
-        first, near = 0, self.near
-        begun = [n // near + shift for shift in self._shifts] if n and not n % near else []
-        sides = [min(near * (number & -number), self._top) for number in begun]
+        first = 0
+        sides = [tiling.side(n) for tiling in self.tilings] if n and not n % self.near else []
         for group, side in enumerate(sides):
             if group + 1 < len(sides) and sides[group + 1] == side:
                 continue
             tile = next((tile for tile in self.tilings[group].after(n - 1) if tile.slack), None)
-            channels = range(self.edges[first], self.edges[group + 1])
+            channels = range(first * self.width, min((group + 1) * self.width, self.channels))
             first = group + 1
             if tile is not None and channels:
                 yield min(side, self.sizes[-1]), tile, channels
@@ -86,11 +77,6 @@ class Groups:
 
 def _reversed(number: int, bits: int) -> int:
     return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
-
-
-def _repeated(number: int, bits: int, below: int) -> int:
-    """A number of so many bits, written again and again in front of itself, as far as it stays below a power of two."""
-    return sum(number << k for k in range(0, below.bit_length() - 1, bits)) % below if bits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +93,12 @@ class Pricing:
     def widths(self, size: int, channels: range, batch: int = 1, least: int = LEAST) -> list[range]:
         """The channels of each chunk of a tile of that size, each for `batch` sequences; `least` transforms at least.
 
-        Multiples of LEAST, where rows stand for one sequence.
+        Whole blocks of 32 or 8 channels, where rows stand for one sequence: what memory moves at once.
         """
         width = max(least, int(self.target * self.rate(size) / size))
-        width = -(-(width // LEAST * LEAST) // batch)
+        width = width // 32 * 32 if width >= 32 else width // 8 * 8
+        width = -(-width // batch)
+        width += width % 2
         return [range(c, min(c + width, channels.stop)) for c in range(channels.start, channels.stop, width)]
 
     def cut(
