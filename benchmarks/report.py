@@ -135,6 +135,11 @@ GPU_BASELINES = {
 }
 
 
+def planned(row: dict[str, object]) -> str:
+    """What a run's plan said of its memory, where the row has it."""
+    return f" ({row['planned_bytes'] / 1e9:.1f} planned)" if "planned_bytes" in row else ""
+
+
 def gpu_table(rows: list[dict[str, object]]) -> str:
     """Microseconds a token on one GPU, ours and the baselines, and other shapes."""
     found, rows = gpu_rows()
@@ -164,7 +169,7 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
         f"{run['differences']} tokens differ, the worst layer's relative error is "
         f"{run['worst_layer_relative_error']:.1e}.",
         "",
-        "| other runs, by older code | GPU | commit | us per token | whole run | worst step | peak memory | worst "
+        "| other runs | GPU | commit | us per token | whole run | worst step | peak memory | worst "
         "layer's error |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
@@ -174,7 +179,7 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
                 f"| {row['layers']} layers, D = {row['width']}, {row['length']:,} tokens | {card(row)} | "
                 f"{row['commit']} | "
                 f"{row['us_per_token']:.1f} | {row['seconds']:.0f} s | {row['worst_us'] / 1e3:,.2f} ms | "
-                f"{row['peak_bytes'] / 1e9:.1f} GB | {row['worst_layer_relative_error']:.1e} |"
+                f"{row['peak_bytes'] / 1e9:.1f} GB{planned(row)} | {row['worst_layer_relative_error']:.1e} |"
             )
     return "\n".join(
         [
