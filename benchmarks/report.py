@@ -169,8 +169,7 @@ def gpu_table(rows: list[dict[str, object]]) -> str:
         f"{run['differences']} tokens differ, the worst layer's relative error is "
         f"{run['worst_layer_relative_error']:.1e}.",
         "",
-        "| other runs | GPU | commit | us per token | whole run | worst step | peak memory | worst "
-        "layer's error |",
+        "| other runs | GPU | commit | us per token | whole run | worst step | peak memory | worst layer's error |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
