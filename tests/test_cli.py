@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,9 @@ def start(*arguments, **settings):
     environment = os.environ | {"PYTHONPATH": str(Path(fi.__file__).parents[1])}
     command = [sys.executable, "-m", "flash_inference.cli", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, **settings)
+    # A suite that runs in the background ignores Ctrl-C, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, preexec_fn=heed, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------- all commands
