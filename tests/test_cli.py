@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib
 import json
 import math
 import os
@@ -203,7 +204,7 @@ def test_generate_reads_packed_fastq_and_repeated_names(tmp_path):
 
 
 def test_interrupted_json_keeps_what_was_made(monkeypatch):
-    engine = sys.modules["flash_inference.engine.generate"]
+    engine = importlib.import_module("flash_inference.engine.generate")
     whole = engine.stream_steps
 
     def interrupted(*arguments, **settings):
@@ -338,7 +339,7 @@ def test_verify(dtype):
 
 
 def test_verify_tells_where_decoding_differs(monkeypatch):
-    engine = sys.modules["flash_inference.engine.verify"]
+    engine = importlib.import_module("flash_inference.engine.verify")
     whole = engine._decode
 
     def wrong(*arguments):
