@@ -173,20 +173,21 @@ def whole(decoder: GpuDecoder, new: int) -> tuple[GpuLoop, Tensor, float]:
 
 
 def mixing(decoder: GpuDecoder, new: int, segments: int) -> dict[str, object]:
-    """A run that leaves its tiles out in every other segment: microseconds a token between the two of each pair.
+    """Two runs that leave their tiles out in every other segment: microseconds a token between the two of each pair.
 
-    It is one run in one memory, because two that differ in nothing but where their tensors stand differ by 1 or 2 us a
-    token. The first graphs of a segment are not timed: chunks of the last one may still run. Which of a pair comes
-    first takes turns; with an odd number of pairs, segments do not keep step with the large tiles.
+    With and without tiles in one run and one memory, because two runs that differ in nothing but where their tensors
+    stand differ by 1 or 2 us a token. The second run mixes where the first does not: every side is counted as often as
+    a run has it, however its turns fall, and each of a pair comes first once. The first graphs of a segment are not
+    timed: chunks of the last one may still run.
     """
-    loop = GpuLoop(decoder, PROMPT, new)
-    loop.prepare()
-    graphs, untimed = loop.count // (2 * segments), 16
-    assert graphs > untimed, f"{segments} pairs of segments leave {graphs} graphs each; ask for fewer"
-    times: tuple[list[float], list[float]] = ([], [])
-    for segment in range(segments):
-        for mixed in (False, True) if segment % 2 else (True, False):
-            loop.mixing = mixed
+    times = np.zeros((2, 2 * segments))
+    for swapped in (False, True):
+        loop = GpuLoop(decoder, PROMPT, new)
+        loop.prepare()
+        graphs, untimed = loop.count // (2 * segments), 16
+        assert graphs > untimed, f"{segments} pairs of segments leave {graphs} graphs each; ask for fewer"
+        for segment in range(2 * segments):
+            loop.mixing = (segment % 2 == 0) != swapped
             for n in range(graphs):
                 if n == untimed:
                     torch.cuda.synchronize()
@@ -195,12 +196,15 @@ def mixing(decoder: GpuDecoder, new: int, segments: int) -> dict[str, object]:
                 loop.pace()
             end = loop.main.record_event(torch.cuda.Event(enable_timing=True))
             torch.cuda.synchronize()
-            times[mixed].append(start.elapsed_time(end) * 1e3 / ((graphs - untimed) * GRAPH))
-    difference = np.array(times[True]) - np.array(times[False])
+            times[int(loop.mixing), segment] = start.elapsed_time(end) * 1e3 / ((graphs - untimed) * GRAPH)
+        loop.close()
+        del loop
+    # A run's difference between a pair's neighbours has either sign of what their places do; both runs' mean has none.
+    difference = (times[1] - times[0]).reshape(segments, 2).mean(1)
     half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
     return {
-        "with_us": float(np.mean(times[True])), "without_us": float(np.mean(times[False])),
-        "mixing_us": float(difference.mean()), "one_run": True,
+        "with_us": float(times[1].mean()), "without_us": float(times[0].mean()),
+        "mixing_us": float(difference.mean()), "runs": 2,
         "interval_us": [float(difference.mean() - half), float(difference.mean() + half)],
         "pairs_us": [round(float(d), 2) for d in difference],
     }  # fmt: skip
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--length", type=int, default=131_072)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--segments", type=int, default=15, help="pairs; odd, since tiles come at powers of two")
+    parser.add_argument("--segments", type=int, default=15, help="pairs of them")
     parser.add_argument("--parts", default="whole,relaxed,mixing,baselines")
     parser.add_argument("--card", type=float, help="GiB to take at most, as if the GPU had no more")
     parser.add_argument("--commit", default=str(provenance()["commit"]))

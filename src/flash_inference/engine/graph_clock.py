@@ -151,5 +151,5 @@ class GraphClock:
             with torch.cuda.graph(graph, stream=self.main):
                 launch()
             self._captured[key] = graph
-            self.decoder.hold()
+            self.decoder.hold(self.batch)
         return self._captured[key]

@@ -330,26 +330,24 @@ class GpuDecoder:
                 side *= 2
         if batch not in self._warmed and self.channels:
             # A tile of more sources or targets than its side is a run's largest: which that is, each run decides.
-            more = self.bounded and not self.room.lives
+            more, room = self.bounded and not self.room.lives, replace(self.room, batch=batch)
             with torch.cuda.stream(self.back if self.bounded else self.main):
                 for size, fft in self.ffts.items():
-                    room = replace(self.room, batch=batch)
                     widest = room.widest(size, self.channels, self.config.width, fft.kept)
                     fft.warm(run.history, widest, batch, run.scratch, more)
         self._warmed.add(batch)
         torch.cuda.synchronize()
 
-    def hold(self) -> None:
-        """Leaves with the allocator what spectra are made in that are not kept, so that no chunk asks the driver.
+    def hold(self, batch: int) -> None:
+        """Leaves with the allocator what spectra that are not kept are made in, so that no chunk asks the driver.
 
         That would stall a run for milliseconds. Whoever captures a graph calls it afterwards: a capture gives back all
         that the allocator keeps.
         """
         if self.device.type == "cuda" and any(not fft.kept for fft in self.ffts.values()):
+            most = spectrum_bytes(self.shape, replace(self.room, batch=batch), self.plan.kept)
             with torch.cuda.stream(self.back if self.bounded else self.main):
-                torch.empty(
-                    spectrum_bytes(self.shape, self.room, self.plan.kept), dtype=torch.uint8, device=self.device
-                )
+                torch.empty(most, dtype=torch.uint8, device=self.device)
 
 
 def unusable(weight: Tensor) -> str | None:
